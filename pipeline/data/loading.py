@@ -1,0 +1,82 @@
+"""Order and randomness of training data as functions of (seed, epoch, index) alone.
+
+Nothing here keeps a random state: a run resumed inside an epoch, with other workers or more processes, sees the very
+same samples with the very same augmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The samples of one batch: positions in the data set, and the epoch that seeds their augmentation."""
+
+    epoch: int
+    indices: list[int]
+
+
+class BatchDataset(Protocol):
+    """A data set read by whole batches."""
+
+    classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), normalised float32, and their targets (B,) or (B, H, W), int64."""
+        ...
+
+
+def draw(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random generator of one sample in one epoch."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+class EpochBatches(Sampler[Keys]):
+    """The batches of one epoch from batch `start` on; shuffled by (seed, epoch)."""
+
+    def __init__(
+        self, length: int, batch: int, *, seed: int, epoch: int, shuffle: bool, start: int, drop_last: bool
+    ) -> None:
+        order = np.random.default_rng((seed, epoch)).permutation(length) if shuffle else np.arange(length)
+        end = length - length % batch if drop_last else length
+        self._batches = [Keys(epoch, order[i : i + batch].tolist()) for i in range(0, end, batch)][start:]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Keys]:
+        return iter(self._batches)
+
+
+def batches(
+    dataset: BatchDataset,
+    batch: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    start: int = 0,
+    drop_last: bool = False,
+    workers: int = 0,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """An iterator over one epoch of `dataset`, beginning at batch number `start`.
+
+    Args:
+        seed: Of order and augmentation.
+        shuffle: Whether the order is drawn anew each epoch (training) or that of the manifest (evaluation).
+        drop_last: Leave out a last batch that is not full.
+        workers: Processes that prepare batches; changes nothing but the speed.
+    """
+    sampler = EpochBatches(
+        len(dataset), batch, seed=seed, epoch=epoch, shuffle=shuffle, start=start, drop_last=drop_last
+    )
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)  # type: ignore[arg-type]
