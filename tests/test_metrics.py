@@ -1,0 +1,121 @@
+"""The measures against independent computations: sorting, sets of pixels, the official per-label formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.metrics import IGNORE, ConfusionMatrix, TopK
+
+
+def test_topk_equals_sorting() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 17, generator=generator)
+    targets = torch.randint(0, 17, (400,), generator=generator)
+    order = logits.argsort(1, descending=True)
+    right = order == targets[:, None]
+    metric = TopK(17)
+    for part in range(0, 400, 64):
+        metric.update(logits[part : part + 64], targets[part : part + 64])
+    values = metric.compute()
+    assert values["eval/top1"] == pytest.approx(100 * right[:, :1].any(1).double().mean().item())
+    assert values["eval/top5"] == pytest.approx(100 * right[:, :5].any(1).double().mean().item())
+    by_class = [right[targets == label, :1].any(1).double().mean().item() for label in targets.unique()]
+    assert values["eval/macro"] == pytest.approx(100 * np.mean(by_class))
+
+
+def test_topk_has_no_top5_of_five_classes() -> None:
+    metric = TopK(5)
+    metric.update(torch.eye(5), torch.arange(5))
+    assert metric.compute() == {"eval/top1": 100.0, "eval/macro": 100.0}
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_network_without_an_answer_is_not_right(value: float) -> None:
+    metric = TopK(10)
+    metric.update(torch.full((8, 10), value), torch.zeros(8, dtype=torch.int64))
+    assert metric.compute()["eval/top1"] == 0.0
+
+
+def test_no_samples_is_nan_not_zero() -> None:
+    assert math.isnan(TopK(10).compute()["eval/top1"])
+    assert math.isnan(ConfusionMatrix(3).compute()["eval/miou"])
+
+
+def official_iou(label: int, confusion: np.ndarray) -> float:
+    """The official benchmark's score of one label, written from its definition: rows truth, columns prediction."""
+    hit = confusion[label, label]
+    missed = confusion[label, :].sum() - hit
+    others = [other for other in range(len(confusion)) if other != label]
+    false_alarm = confusion[others, label].sum()
+    return float(hit) / (hit + missed + false_alarm)
+
+
+def test_miou_equals_the_official_definition_and_sets_of_pixels() -> None:
+    rng = np.random.default_rng(0)
+    classes = 19
+    targets = rng.integers(0, classes, (4, 30, 40))
+    targets[rng.random(targets.shape) < 0.2] = IGNORE
+    logits = rng.standard_normal((4, classes, 30, 40)).astype(np.float32)
+    # half of the answers right, so that the scores are far from chance
+    np.put_along_axis(logits[:2], np.where(targets == IGNORE, 0, targets)[:2, None], 9.0, axis=1)
+    prediction = logits.argmax(1)
+    metric = ConfusionMatrix(classes)
+    for image in range(4):
+        metric.update(torch.from_numpy(logits[image : image + 1]), torch.from_numpy(targets[image : image + 1]))
+
+    confusion = np.zeros((classes, classes), dtype=np.int64)
+    for truth, guess in zip(targets.ravel(), prediction.ravel(), strict=True):
+        if truth != IGNORE:
+            confusion[truth, guess] += 1
+    assert np.array_equal(metric.counts.numpy(), confusion)
+    assert metric.iou() == pytest.approx([official_iou(label, confusion) for label in range(classes)])
+
+    counted = targets.ravel() != IGNORE
+    sets = []
+    for label in range(classes):
+        truth = set(np.flatnonzero(counted & (targets.ravel() == label)))
+        guess = set(np.flatnonzero(counted & (prediction.ravel() == label)))
+        sets.append(len(truth & guess) / len(truth | guess))
+    values = metric.compute()
+    assert values["eval/miou"] == pytest.approx(100 * np.mean(sets))
+    assert values["eval/pixel_accuracy"] == pytest.approx(100 * (prediction == targets)[targets != IGNORE].mean())
+    assert values["eval/classes_present"] == classes
+
+
+def test_absent_classes_are_skipped_and_counted_but_their_false_alarms_cost() -> None:
+    targets = torch.tensor([[[0, 0, 1, IGNORE]]])
+    predictions = torch.tensor([[[0, 2, 1, 2]]])  # class 2 is never a label; one false alarm, one on an ignored pixel
+    metric = ConfusionMatrix(4)
+    metric.add(predictions, targets)
+    values = metric.compute()
+    assert values["eval/classes_present"] == 2
+    assert values["eval/miou"] == pytest.approx(100 * (1 / 2 + 1) / 2)
+    assert np.isnan(metric.iou()[2:]).all()
+
+
+def test_our_miou_is_what_cityscapesscripts_computes() -> None:
+    evaluation = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels")
+    rng = np.random.default_rng(1)
+    targets, predictions = rng.integers(0, 19, (2, 20, 20))
+    predictions = np.where(rng.random(targets.shape) < 0.6, targets, predictions)
+    metric = ConfusionMatrix(19)
+    metric.add(torch.from_numpy(predictions), torch.from_numpy(targets))
+    official = np.zeros((len(labels.id2label), len(labels.id2label)), dtype=np.ulonglong)
+    ids = [labels.trainId2label[train].id for train in range(19)]
+    for truth, guess in zip(targets.ravel(), predictions.ravel(), strict=True):
+        official[ids[truth], ids[guess]] += 1
+    evaluation.args.evalLabels = ids
+    scores = [evaluation.getIouScoreForLabel(label, official, evaluation.args) for label in ids]
+    assert metric.iou() == pytest.approx(scores)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected logits"):
+        TopK(10).update(torch.zeros(4, 9), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected logits"):
+        ConfusionMatrix(3).update(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 4, dtype=torch.int64))
