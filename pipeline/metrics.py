@@ -1,7 +1,7 @@
 """The paper's measures (Sec. 4), accumulated on the device that the logits live on, read once at the end.
 
-Both accumulators speak one language: ``update(logits, targets)`` for each batch, then ``compute()``. Their whole state
-is one integer tensor, ``counts``; processes that share an evaluation add theirs up (``all_reduce``) before computing.
+Both accumulators speak one language: ``update(logits, targets)`` for each batch, then ``compute()``. Their
+whole state is one integer tensor, ``counts``; processes that share an evaluation add theirs up before computing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ IGNORE = 255
 class TopK:
     """Top-1 and top-5 accuracy of a classifier and the mean of its per-class accuracies.
 
-    A sample is right at k when fewer than k classes score above its own; classes that tie with it count against it, so
-    a network that answers the same everywhere is not called right.
+    A sample is right at k when fewer than k classes score above its own; classes that tie with it count against
+    it, so a network that answers the same everywhere is not called right.
     """
 
     def __init__(self, classes: int) -> None:
@@ -32,7 +32,8 @@ class TopK:
         """Add one batch: logits (B, classes), targets (B,) int64."""
         if logits.ndim != 2 or logits.shape[1] != self.classes or targets.shape != logits.shape[:1]:
             raise ValueError(
-                f"expected logits (B, {self.classes}) with targets (B,), got {tuple(logits.shape)}, {tuple(targets.shape)}"
+                f"expected logits (B, {self.classes}) with targets (B,), got {tuple(logits.shape)}, "
+                f"{tuple(targets.shape)}"
             )
         self.counts = self.counts.to(logits.device)
         own = logits.gather(1, targets[:, None])
@@ -42,21 +43,24 @@ class TopK:
             self.counts[row] += torch.bincount(targets[right], minlength=self.classes)
 
     def compute(self) -> dict[str, float]:
-        """``eval/top1``, ``eval/top5`` (more than five classes) and ``eval/macro``, in per cent; NaN without samples."""
+        """``eval/top1``, ``eval/top5`` (of more than five classes), ``eval/macro``: per cent; NaN if no samples."""
         samples, first, fifth = self.counts.cpu().numpy().astype(np.float64)
         present = samples > 0
         values = {"eval/top1": _percent(first.sum(), samples.sum())}
         if self.classes > 5:
             values["eval/top5"] = _percent(fifth.sum(), samples.sum())
-        values["eval/macro"] = 100 * float((first[present] / samples[present]).mean()) if present.any() else float("nan")
+        values["eval/macro"] = (
+            100 * float((first[present] / samples[present]).mean()) if present.any() else float("nan")
+        )
         return values
 
 
 class ConfusionMatrix:
     """Counts of (truth, prediction), for classification (B, C) and segmentation (B, C, H, W) alike.
 
-    The segmentation measures are the official Cityscapes ones: IoU of a class is TP / (TP + FP + FN) over all pixels of
-    the data set whose label is not 255; the mean skips classes that the labels never show, and says how many it kept.
+    The segmentation measures are the official Cityscapes ones: IoU of a class is TP / (TP + FP + FN) over all
+    pixels of the data set whose label is not 255; the mean skips classes that the labels never show, and says how
+    many it kept.
     """
 
     def __init__(self, classes: int, ignore: int = IGNORE) -> None:
@@ -69,7 +73,11 @@ class ConfusionMatrix:
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add one batch: logits (B, classes, ...), targets (B, ...) of class ids or the ignored label."""
-        if logits.ndim < 2 or logits.shape[1] != self.classes or targets.shape != logits.shape[:1] + logits.shape[2:]:
+        if (
+            logits.ndim < 2
+            or logits.shape[1] != self.classes
+            or targets.shape != logits.shape[:1] + logits.shape[2:]
+        ):
             raise ValueError(
                 f"expected logits (B, {self.classes}, ...) with targets (B, ...), got {tuple(logits.shape)}, "
                 f"{tuple(targets.shape)}"
@@ -92,7 +100,7 @@ class ConfusionMatrix:
         return np.where(present, counts.diagonal() / np.where(present, union, 1), np.nan)
 
     def compute(self) -> dict[str, float]:
-        """``eval/miou``, ``eval/pixel_accuracy`` and ``eval/mean_accuracy`` in per cent, ``eval/classes_present``."""
+        """``eval/miou``, ``eval/pixel_accuracy``, ``eval/mean_accuracy`` (per cent); ``eval/classes_present``."""
         counts = self.counts.cpu().numpy().astype(np.float64)
         truth = counts.sum(1)
         present = truth > 0
