@@ -1,7 +1,7 @@
 """The paper's measures (Sec. 4), accumulated on the device that the logits live on, read once at the end.
 
 Both accumulators speak one language: ``update(logits, targets)`` for each batch, then ``compute()``. Their
-whole state is one integer tensor, ``counts``; processes that share an evaluation add theirs up before computing.
+whole state is one integer tensor, ``counts``; processes that share an evaluation add theirs up first.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ IGNORE = 255
 class TopK:
     """Top-1 and top-5 accuracy of a classifier and the mean of its per-class accuracies.
 
-    A sample is right at k when fewer than k classes score above its own; classes that tie with it count against
-    it, so a network that answers the same everywhere is not called right.
+    A sample is right at k when fewer than k classes score above its own; classes that tie with it count
+    against it, so a network that answers the same everywhere is not called right.
     """
 
     def __init__(self, classes: int) -> None:
@@ -43,7 +43,7 @@ class TopK:
             self.counts[row] += torch.bincount(targets[right], minlength=self.classes)
 
     def compute(self) -> dict[str, float]:
-        """``eval/top1``, ``eval/top5`` (of more than five classes), ``eval/macro``: per cent; NaN if no samples."""
+        """``eval/top1``, ``eval/top5`` (more than five classes), ``eval/macro``: per cent, NaN if empty."""
         samples, first, fifth = self.counts.cpu().numpy().astype(np.float64)
         present = samples > 0
         values = {"eval/top1": _percent(first.sum(), samples.sum())}
@@ -58,9 +58,9 @@ class TopK:
 class ConfusionMatrix:
     """Counts of (truth, prediction), for classification (B, C) and segmentation (B, C, H, W) alike.
 
-    The segmentation measures are the official Cityscapes ones: IoU of a class is TP / (TP + FP + FN) over all
-    pixels of the data set whose label is not 255; the mean skips classes that the labels never show, and says how
-    many it kept.
+    The segmentation measures are the official Cityscapes ones: IoU of a class is TP / (TP + FP + FN) over
+    all pixels of the data set whose label is not 255; the mean skips classes that the labels never show, and
+    says how many it kept.
     """
 
     def __init__(self, classes: int, ignore: int = IGNORE) -> None:
@@ -100,7 +100,7 @@ class ConfusionMatrix:
         return np.where(present, counts.diagonal() / np.where(present, union, 1), np.nan)
 
     def compute(self) -> dict[str, float]:
-        """``eval/miou``, ``eval/pixel_accuracy``, ``eval/mean_accuracy`` (per cent); ``eval/classes_present``."""
+        """``eval/miou``, ``eval/pixel_accuracy``, ``eval/mean_accuracy``, ``eval/classes_present``."""
         counts = self.counts.cpu().numpy().astype(np.float64)
         truth = counts.sum(1)
         present = truth > 0
