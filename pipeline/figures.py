@@ -1,0 +1,347 @@
+"""Every picture of the results, as matplotlib figures: pure functions of arrays and tables, no files read.
+
+``save`` writes PNG or SVG by the name's ending; ``inline_svg`` gives markup for a page, whose ink follows the
+page's text colour so that the same figure reads on light and on dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+
+BLUE, YELLOW, GREEN, RED, PURPLE, GREY = "#2f7fd1", "#e0a100", "#2f9e77", "#d1495b", "#8b6cc9", "#8a9099"
+CYCLE = (BLUE, RED, GREEN, PURPLE, YELLOW, GREY)
+SOLVER_COLOURS = {"broyden": BLUE, "fixed_point": YELLOW, "anderson": GREEN}
+SOLVER_NAMES = {"broyden": "Broyden", "fixed_point": "iterating f", "anderson": "Anderson"}
+INK = "#1b1f23"
+_BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f9fd", "#a9cbed", "#2f7fd1", "#123b66"])
+
+_STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "semibold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelsize": 9.5,
+    "font.size": 9.5,
+    "font.family": "sans-serif",
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+}
+
+
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write ``figure`` on white to ``path`` (.png or .svg); the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": path.stem}):
+        figure.savefig(path, dpi=dpi, facecolor="white", metadata=metadata)
+
+
+def inline_svg(figure: Figure, title: str) -> str:
+    """``figure`` as SVG markup for a page: transparent, the ink in the page's text colour, scaled to its box."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    markup = buffer.getvalue()
+    markup = markup[markup.index("<svg") :].replace(INK, "currentColor")
+    markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.S)
+    markup = re.sub(r"font: ([^;\"]*?)'[^\"]*?sans-serif", r"font: \1inherit-family", markup)
+    markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
+    markup = re.sub(
+        r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img" aria-label="' + title + '"', markup, count=1
+    )
+    # ids are unique within one figure only; a page holds several
+    prefix = re.sub(r"\W+", "-", title.lower())
+    markup = re.sub(r'\bid="', f'id="{prefix}-', markup)
+    markup = markup.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    # matplotlib writes fonts as "font: 9.5px 'DejaVu Sans', ..."; the page's own font reads better beside its
+    # text
+    return markup.replace("inherit-family", "system-ui, sans-serif")
+
+
+def training_curves(history: pd.DataFrame, title: str) -> Figure:
+    """Loss and validation measures against the epoch (as Figure 4a), the mean over seeds with each seed drawn
+    thin.
+
+    ``history`` has one row a seed and epoch: epoch, loss and any ``eval...`` columns; those whose name says
+    ``unrolled`` are dashed.
+    """
+    measures = [name for name in _measures(history) if history[name].notna().any()]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _curve(left, history, "loss", BLUE, "training loss")
+        left.set(title=title, xlabel="epoch", ylabel="training loss")
+        for index, name in enumerate(measures):
+            _curve(right, history, name, CYCLE[index // 2 % len(CYCLE)] if index else BLUE, _label(name))
+        right.set(title="validation", xlabel="epoch", ylabel="%")
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        if measures:
+            right.legend(loc="lower right")
+    return figure
+
+
+def accuracy_by_epoch(histories: Mapping[str, pd.DataFrame], measure: str, ylabel: str) -> Figure:
+    """Figure 4a's axes: one validation measure against the epoch, a line a model."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, history) in enumerate(histories.items()):
+            if measure in history and history[measure].notna().any():
+                _curve(axes, history, measure, CYCLE[index % len(CYCLE)], name)
+        axes.set(xlabel="epoch", ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower right")
+    return figure
+
+
+def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
+    """Figure 5, a column a data set: above the paper's change |z[k+1] - z[k]| / |z[k]|, below the residual.
+
+    Each trace is tidy: solver, batch, evaluation, change, residual. Lines are means over the batches, bands
+    one standard deviation. A single data set has its two plots side by side.
+    """
+    measures = {
+        "change": r"$\Vert z^{[k+1]} - z^{[k]}\Vert \, / \, \Vert z^{[k]}\Vert$",
+        "residual": r"$\Vert f(z) - z\Vert \, / \, \Vert f(z)\Vert$",
+    }
+    shape = (1, 2) if len(traces) == 1 else (2, len(traces))
+    with matplotlib.rc_context(_STYLE):
+        width = 8.4 if len(traces) == 1 else 3.4 * len(traces) + 0.6
+        figure = Figure(figsize=(width, 3.3 * shape[0]), layout="constrained")
+        grid = np.asarray(figure.subplots(*shape, squeeze=False))
+        cells = grid[0][:, None] if len(traces) == 1 else grid
+        for column, (name, trace) in enumerate(traces.items()):
+            for row, (measure, label) in enumerate(measures.items()):
+                axes = cells[row][column]
+                _bands(axes, trace, measure)
+                axes.set_title(name if len(traces) > 1 else ("change" if measure == "change" else "residual"))
+                axes.set_xlabel("evaluations of f")
+                if column == 0:
+                    axes.set_ylabel(label)
+        cells[0][0].legend(loc="best")
+    return figure
+
+
+def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory: str) -> Figure:
+    """Figure 4b: bars of time and memory of a training step, relative to ``reference``; ``memory`` says of
+    what.
+    """
+    names = list(relative)
+    place = np.arange(len(names))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(max(5.2, 1.3 * len(names) + 1.6), 3.4), layout="constrained")
+        axes = figure.subplots()
+        for offset, measure, colour in ((-0.2, "time", BLUE), (0.2, "memory", YELLOW)):
+            heights = [relative[name].get(measure, float("nan")) for name in names]
+            bars = axes.bar(place + offset, heights, width=0.36, color=colour)
+            axes.bar_label(
+                bars, [f"{h:.2f}" if np.isfinite(h) else "" for h in heights], padding=2, fontsize=8.5
+            )
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xticks(place, [_wrap(name) for name in names])
+        axes.tick_params(axis="x", length=0)
+        axes.grid(axis="x", visible=False)
+        axes.set_ylabel(f"relative to {reference}")
+        axes.margins(y=0.18)
+        handles = [matplotlib.patches.Patch(color=c) for c in (BLUE, YELLOW)]
+        figure.legend(handles, ["time of a step", memory], loc="outside upper left", ncols=2)
+    return figure
+
+
+def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """The confusion matrix as shares of each true class; shares are printed where there are at most 20
+    classes.
+    """
+    truth = counts.sum(1, keepdims=True)
+    share = np.where(truth > 0, counts / np.maximum(truth, 1), np.nan)
+    few = len(names) <= 20
+    side = 0.36 * len(names) + 2.4 if few else 8.0
+    with matplotlib.rc_context(
+        {**_STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    ):
+        figure = Figure(figsize=(side + 0.7, side), layout="constrained")
+        axes = figure.subplots()
+        colours = _BLUES.with_extremes(bad="#e9eaec")
+        image = axes.imshow(share, cmap=colours, vmin=0, vmax=1)
+        if few:
+            axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(len(names)), names)
+            for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
+                value = share[row, column]
+                ink = "white" if value > 0.45 else INK
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+        axes.tick_params(length=0)
+        axes.set(xlabel="predicted", ylabel="true", title=title)
+        bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, format=PercentFormatter(1.0))
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+        bar.set_label("share of the true class")
+        if np.isnan(share).any():
+            figure.text(0.99, 0.005, "grey rows: not among the labels", ha="right", va="bottom", fontsize=7.5)
+    return figure
+
+
+def classified(
+    images: np.ndarray, truths: Sequence[int], probabilities: np.ndarray, names: Sequence[str], title: str
+) -> Figure:
+    """Images (N, H, W, 3) in 0..1 with their class, and under each the three most probable answers as bars."""
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
+    plain = {**_STYLE, "axes.grid": False, "axes.titlesize": 8.5}
+    with matplotlib.rc_context(plain):
+        figure = Figure(figsize=(1.75 * columns, 2.55 * rows + 0.4), layout="constrained")
+        figure.suptitle(title, fontsize=10.5, fontweight="semibold", x=0.01, ha="left")
+        grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.75, 0.8] * rows)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for index, image in enumerate(images):
+            row, column = divmod(index, columns)
+            picture, bars = grid[2 * row][column], grid[2 * row + 1][column]
+            picture.imshow(image, interpolation="nearest" if image.shape[0] <= 64 else "antialiased")
+            picture.set_title(_short(names[truths[index]], 18), loc="center", pad=3)
+            _answers(bars, probabilities[index], truths[index], names)
+    return figure
+
+
+def segmented(
+    images: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
+    names: Sequence[str],
+    colours: np.ndarray,
+    title: str,
+) -> Figure:
+    """A row a scene: image | truth | prediction | errors, with the legend of the classes that occur.
+
+    ``colours`` (classes, 3) uint8; label 255 is drawn black in the truth and left out of the errors.
+    """
+    height, width = truths[0].shape
+    scene = 2.6
+    rows = len(images)
+    present = sorted(set(np.unique(np.stack([*truths, *predictions]))) - {255})
+    legend_rows = -(-len(present) // 8)
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        size = (4 * scene, rows * (scene * height / width + 0.06) + 0.6 + 0.22 * legend_rows)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, fontsize=10.5, fontweight="semibold", x=0.01, ha="left")
+        grid = figure.subplots(rows, 4, squeeze=False)
+        for row, (image, truth, guess) in enumerate(zip(images, truths, predictions, strict=True)):
+            void = truth == 255
+            palette = np.vstack([colours, np.zeros((256 - len(colours), 3), dtype=np.uint8)])
+            grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2) * 0.55 + 0.35
+            errors = grey.copy()
+            errors[(truth != guess) & ~void] = np.array([0.86, 0.20, 0.24])
+            errors[void] = 0.08
+            for axes, picture in zip(grid[row], (image, palette[truth], palette[guess], errors), strict=True):
+                axes.imshow(picture, interpolation="nearest")
+                axes.set_axis_off()
+            right = 100 * (truth == guess)[~void].mean() if (~void).any() else float("nan")
+            grid[row][3].text(
+                0.98, 0.04, f"{right:.0f} % right", transform=grid[row][3].transAxes, ha="right", fontsize=8,
+                color="white", bbox={"facecolor": "#1b1f23", "alpha": 0.75, "edgecolor": "none", "pad": 2},
+            )  # fmt: skip
+        for axes, name in zip(grid[0], ("image", "truth", "prediction", "errors (red)"), strict=True):
+            axes.set_title(name, fontsize=9)
+        handles = [matplotlib.patches.Patch(color=colours[label] / 255) for label in present]
+        labels = [names[label] for label in present]
+        figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=7.5, handlelength=1.1)
+    return figure
+
+
+def _measures(history: pd.DataFrame) -> list[str]:
+    """Columns in per cent to draw: accuracies and mIoU, equilibrium before unrolled of each."""
+    wanted = ("top1", "miou", "pixel_accuracy")
+    return [
+        name for end in wanted for name in sorted(history) if name.startswith("eval") and name.endswith(end)
+    ]
+
+
+def _label(name: str) -> str:
+    kind = {"top1": "top-1", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}[name.split("/")[-1]]
+    return f"{kind}, unrolled" if "unrolled" in name else kind
+
+
+def _curve(axes: Axes, history: pd.DataFrame, column: str, colour: str, label: str) -> None:
+    style = (0, (3, 2)) if "unrolled" in column else "-"
+    drawn = history[history[column].notna()]
+    seeds = drawn.groupby("seed") if "seed" in drawn else [(0, drawn)]
+    if len(seeds) > 1:
+        for _, one in seeds:
+            axes.plot(one["epoch"], one[column], color=colour, linewidth=0.7, alpha=0.4, linestyle=style)
+    mean = drawn.groupby("epoch")[column].mean()
+    marker = "o" if len(mean) <= 12 else None
+    axes.plot(mean.index, mean, color=colour, linestyle=style, label=label, marker=marker, markersize=3.5)
+
+
+def _bands(axes: Axes, trace: pd.DataFrame, measure: str) -> None:
+    floor = trace[measure][trace[measure] > 0].min()
+    for solver, own in trace.groupby("solver", sort=False):
+        groups = own.dropna(subset=[measure]).groupby("evaluation")[measure]
+        mean, std = groups.mean(), groups.std(ddof=0)
+        colour = SOLVER_COLOURS.get(str(solver), GREY)
+        axes.plot(mean.index, mean, color=colour, label=SOLVER_NAMES.get(str(solver), str(solver)))
+        low = np.maximum(
+            mean - std, floor
+        )  # a mean less its deviation may be negative, which a log axis cannot show
+        axes.fill_between(mean.index, low, mean + std, color=colour, alpha=0.22, linewidth=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+
+
+def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[str]) -> None:
+    best = np.argsort(-probabilities)[:3]
+    place = -np.arange(len(best))
+    axes.set_axis_on()
+    axes.barh(place, [1] * len(best), color="#eef0f3", height=0.86)
+    axes.barh(
+        place, probabilities[best], color=[GREEN if k == truth else "#e8a0a9" for k in best], height=0.86
+    )
+    for where, label in zip(place, best, strict=True):
+        axes.text(0.03, where, _short(names[label], 14), va="center", fontsize=7, color=INK)
+        axes.text(
+            0.97, where, f"{100 * probabilities[label]:.0f}", va="center", ha="right", fontsize=7, color=INK
+        )
+    axes.set(xlim=(0, 1), ylim=(-len(best) + 0.5, 0.5), xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _wrap(name: str) -> str:
+    return name.replace("-", "-\n", 1) if len(name) > 12 else name
