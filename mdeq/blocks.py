@@ -1,0 +1,93 @@
+"""The residual block (Fig. 2, Eq. 5) and the adaptations of Sec. 3.3: weight normalisation, variational dropout, softplus.
+
+What stays fixed during a solve is computed once: `bind` gives a function of z alone that holds the effective weights,
+the dropout mask and the injection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Features = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, C', H', W')
+
+
+class Convolution(nn.Module):
+    """The weights of a bias-free convolution inside f, optionally weight-normalised over each output channel."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, weight_norm: bool = False) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, kernel // 2
+        v = torch.empty(outputs, inputs, kernel, kernel)
+        self.v = nn.Parameter(v)
+        self.g: nn.Parameter | None
+        if weight_norm:
+            nn.init.kaiming_uniform_(self.v, a=5**0.5)
+            self.g = nn.Parameter(torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True).detach().clone())
+        else:
+            nn.init.normal_(self.v, std=0.01)
+            self.g = None
+
+    def weight(self) -> Tensor:
+        """The effective weight: g v / |v|, or v without weight normalisation; (C_out, C_in, k, k)."""
+        weight = self.v
+        if self.g is not None:
+            weight = weight * (self.g / torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True))
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def bind(self) -> Features:
+        """The convolution with its effective weight computed."""
+        weight = self.weight()
+        return lambda x: F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+
+def variational_dropout(like: Tensor, channels: int, p: float) -> Tensor:
+    """One mask a sample and channel, (B, channels, 1, 1), scaled by 1 / (1 - p); the same in every call of f (Sec. 3.3)."""
+    return like.new_empty(like.shape[0], channels, 1, 1).bernoulli_(1 - p).div_(1 - p)
+
+
+def rectifier(softplus: float | None) -> Features:
+    """ReLU, or softplus of curvature beta = `softplus` in the initial phase of training (Sec. 3.3)."""
+    if softplus is None:
+        return lambda x: x.relu_()
+    return lambda x: F.softplus(x, beta=softplus)
+
+
+class ResidualBlock(nn.Module):
+    """3x3 convolution C -> kC, GN, ReLU, 3x3 convolution kC -> C, dropout, + x, GN, + z, ReLU, GN (Eq. 5).
+
+    Args:
+        channels: C.
+        expansion: k.
+        groups: Of the three group norms.
+        dropout: Probability of dropping a channel.
+        weight_norm: Whether both convolutions are weight-normalised.
+    """
+
+    def __init__(self, channels: int, *, expansion: int, groups: int, dropout: float, weight_norm: bool) -> None:
+        super().__init__()
+        self.channels, self.dropout = channels, dropout
+        self.conv1 = Convolution(channels, expansion * channels, 3, weight_norm=weight_norm)
+        self.norm1 = nn.GroupNorm(groups, expansion * channels)
+        self.conv2 = Convolution(expansion * channels, channels, 3, weight_norm=weight_norm)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.norm3 = nn.GroupNorm(groups, channels)
+
+    def bind(self, x: Tensor, *, inject: bool, softplus: float | None) -> Features:
+        """The block for the batch of injection `x` (B, C_1, H, W), which it adds where `inject`."""
+        conv1, conv2, last = self.conv1.bind(), self.conv2.bind(), rectifier(softplus)
+        dropping = self.training and self.dropout > 0
+        mask = variational_dropout(x, self.channels, self.dropout) if dropping else None
+
+        def block(z: Tensor) -> Tensor:
+            hidden = conv2(self.norm1(conv1(z)).relu_())
+            if mask is not None:
+                hidden = hidden * mask
+            if inject:
+                hidden = hidden + x
+            return self.norm3(last(self.norm2(hidden) + z))
+
+        return block

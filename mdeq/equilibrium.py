@@ -1,0 +1,122 @@
+"""Solve z = f(z) without a graph, and differentiate the solution (Sec. 3.1, Eq. 3 and 4).
+
+The forward pass costs the memory of one evaluation of f however many the solver makes: only the last one, at the
+equilibrium, is on the tape. Its vector-Jacobian products then serve the adjoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mdeq.solvers import Anderson, Broyden, FixedPoint, Gmres, Map, Solution, Solver
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The implicit gradient: solves the adjoint u = J^T u + dl/dz* (Eq. 4), once differentiable.
+
+    Whatever the solver, its relative residual is measured against |dl/dz*|.
+    """
+
+    solver: Broyden | Anderson | FixedPoint | Gmres = Broyden(steps=20)
+    kind: Literal["implicit"] = "implicit"
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """The phantom gradient: back-propagation through `steps` damped applications of f at the solution.
+
+    One step with damping 1 is the Jacobian-free gradient.
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+    kind: Literal["phantom"] = "phantom"
+
+
+def equilibrium(
+    f: Map,
+    z0: Tensor,
+    forward: Solver,
+    backward: Implicit | Phantom,
+    on_backward: Callable[[Solution], None] | None = None,
+) -> tuple[Tensor, Solution]:
+    """The equilibrium of f from `z0` (B, D), differentiable in all that f depends on.
+
+    Args:
+        f: Acts on each sample alone; called under no_grad by the solver, then once (or `Phantom.steps` times) on tape.
+        z0: The starting point; no gradient flows to it.
+        forward: Solves z = f(z).
+        backward: How the solution is differentiated.
+        on_backward: Called with the adjoint's solution in each backward pass through `Implicit`.
+
+    Returns:
+        Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*; and the forward solution.
+    """
+    with torch.no_grad():
+        solution = forward(f, z0.detach())
+    if not torch.is_grad_enabled():
+        return solution.value, solution
+    if isinstance(backward, Phantom):
+        return _damped(f, solution.value, backward.steps, backward.damping), solution
+    z = solution.value.detach().requires_grad_()
+    return _Adjoint.apply(f(z), z, backward.solver, on_backward), solution  # type: ignore[return-value]
+
+
+def unroll(f: Map, z0: Tensor, steps: int) -> Tensor:
+    """f applied `steps` times to `z0`, all on the tape: the weight-tied network of the warm-up (Eq. 1)."""
+    return _damped(f, z0, steps, damping=1)
+
+
+def _damped(f: Map, z: Tensor, steps: int, damping: float) -> Tensor:
+    for _ in range(steps):
+        z = f(z) if damping == 1 else torch.lerp(z, f(z), damping)
+    return z
+
+
+class _Adjoint(torch.autograd.Function):
+    """Identity on f(z) whose backward pass replaces dl/df by the adjoint u; f(z)'s own tape carries u on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fz: Tensor, z: Tensor, solver: Solver | Gmres, on_backward: Callable[[Solution], None] | None
+    ) -> Tensor:
+        ctx.save_for_backward(fz, z)
+        ctx.solver, ctx.on_backward = solver, on_backward
+        return fz.view_as(fz)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        fz, z = ctx.saved_tensors
+
+        def product(u: Tensor) -> Tensor:  # J^T u
+            return torch.autograd.grad(fz, z, u, retain_graph=True)[0]
+
+        solution = solve_adjoint(product, gradients[0], ctx.solver)
+        if ctx.on_backward is not None:
+            ctx.on_backward(solution)
+        return solution.value, None, None, None
+
+
+def solve_adjoint(product: Map, b: Tensor, solver: Solver | Gmres) -> Solution:
+    """u = J^T u + b, from the product u -> J^T u. `nfe` counts the products; the first residual, at u = 0, is b."""
+    if isinstance(solver, Gmres):
+        return solver(product, b)
+    first = True
+
+    def affine(u: Tensor) -> Tensor:
+        nonlocal first
+        if first:
+            first = False
+            return b
+        return product(u) + b
+
+    solution = solver(affine, torch.zeros_like(b), scale=torch.linalg.vector_norm(b, dim=1))
+    return replace(solution, nfe=solution.nfe - 1, trace=solution.trace[1:])

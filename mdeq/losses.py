@@ -1,0 +1,55 @@
+"""Losses on logits: cross entropy for labels of an image or of pixels, with class weights, ignored labels and OHEM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdeq.heads import resize
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class HardExamples:
+    """Online hard example mining: only pixels whose true class has a probability under `threshold` count.
+
+    At least `keep` pixels count: the threshold rises to the `keep`-th smallest probability where it must.
+    """
+
+    threshold: float = 0.9
+    keep: int = 131072
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of logits (B, classes) and labels (B,)."""
+    return F.cross_entropy(logits.float(), labels)
+
+
+def segmentation_loss(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, hard: HardExamples | None = None
+) -> Tensor:
+    """Mean cross entropy over the pixels that count, the logits resized to the labels as published.
+
+    Args:
+        logits: (B, classes, h, w).
+        labels: (B, H, W), `IGNORE` where a pixel does not count.
+        class_weights: (classes,), or None for equal weights.
+        hard: Mines hard examples; None lets every pixel count.
+    """
+    logits = resize(logits, labels.shape[-2:]).float()
+    if hard is None:
+        return F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE)
+    losses = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE, reduction="none")
+    valid = labels != IGNORE
+    with torch.no_grad():
+        chosen = labels.masked_fill(~valid, 0)[:, None]
+        probability = logits.softmax(1).gather(1, chosen)[:, 0][valid]
+        if probability.numel() == 0:
+            return losses.sum() * 0
+        kth = probability.kthvalue(min(hard.keep, probability.numel())).values
+        counted = probability <= torch.clamp(kth, min=hard.threshold)
+    return losses[valid][counted].mean()
