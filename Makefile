@@ -1,0 +1,50 @@
+# Two commands: `make repro` runs the whole pipeline, `make test` the tests. Both set up .venv first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lint schema ui clean
+
+# The first Python on PATH that is new enough; override with `make PYTHON=/path/to/python3`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV := $(CURDIR)/.venv
+STAMP := $(VENV)/.installed
+export PATH := $(VENV)/bin:$(PATH)
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo "Python 3.11 or newer is needed; found: $$(python3 --version 2>&1 || echo none)." >&2; \
+		echo "Install one (https://www.python.org/downloads/) or run: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "This Python lacks venv; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@if ! git rev-parse --git-dir >/dev/null 2>&1; then "$(VENV)/bin/dvc" config --local core.no_scm true; fi
+	@touch "$@"
+
+setup: $(STAMP)  ## Make .venv and install the project; again only when pyproject.toml changes
+
+repro: $(STAMP)  ## Run every stage that is not up to date, then print the results
+	@python -m pipeline check
+	@dvc repro
+	@python -m pipeline show
+
+test: $(STAMP)  ## Run the tests
+	@python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## Style, types, Dockerfile
+	@ruff check mdeq pipeline tests
+	@pyright
+	@hadolint Dockerfile
+
+schema: $(STAMP)  ## Write params.schema.json again, after a change of the params' types
+	@python -m pipeline schema
+
+ui: $(STAMP)  ## Open the recorded runs (MLflow) on http://127.0.0.1:5000
+	@python -m pipeline ui
+
+clean:  ## Remove results and resumable state; keeps data, recorded runs and DVC's cache
+	rm -rf results work

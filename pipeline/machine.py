@@ -1,0 +1,184 @@
+"""What belongs to the machine and not to the experiment: device, workers, data roots, tracking server.
+
+None of it is a param: the same params on another machine are the same experiment. It comes from the command line or
+the environment, and is recorded beside every metric by `Machine.describe`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+SETS = ("cifar10", "imagenet", "cityscapes")
+PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "pandas")
+
+
+class MachineError(ValueError):
+    """A wrong option or environment variable; the message names it and the cure."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a stage runs.
+
+    Attributes:
+        root: The repository: `data/`, `work/` and the MLflow store live below it. Results do not: they are relative to
+            the working directory, which DVC moves for a queued experiment.
+        device: A torch device, checked to exist: cpu, cuda, cuda:0, mps.
+        workers: Loader processes; 0 loads in the training process.
+        threads: torch's CPU threads; None leaves torch's own choice.
+        tracking_uri: The MLflow store; None switches tracking off.
+        data_roots: The sets whose data lie elsewhere, by MDEQ_DATA_<SET>.
+    """
+
+    root: Path
+    device: str = "cpu"
+    workers: int = 0
+    threads: int | None = None
+    tracking_uri: str | None = None
+    data_roots: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def from_environment(
+        cls, device: str | None = None, workers: int | None = None, environ: Mapping[str, str] = os.environ
+    ) -> Machine:
+        """The machine as options and environment describe it. An option wins; `device="cpu"` spares torch's import.
+
+        Raises:
+            MachineError: For a device that is not there, a number that is none, or a data root that does not exist.
+        """
+        root = Path(environ.get("DVC_ROOT") or Path.cwd()).resolve()
+        threads = _number(environ, "MDEQ_THREADS", least=1)
+        if workers is None:
+            workers = _number(environ, "MDEQ_WORKERS", least=0) or 0
+        return cls(
+            root=root,
+            device=_device(device or environ.get("MDEQ_DEVICE") or "auto"),
+            workers=workers,
+            threads=threads,
+            tracking_uri=_tracking_uri(root, environ),
+            data_roots=_data_roots(environ),
+        )
+
+    def describe(self) -> dict[str, str | int]:
+        """Flat facts to record beside a metric: device, cores, versions, commit. Imports torch for a GPU's name only."""
+        facts: dict[str, str | int] = {
+            "device": _device_name(self.device),
+            "cores": os.cpu_count() or 1,
+            "platform": platform.platform(terse=True),
+            "python": platform.python_version(),
+            "commit": commit(self.root),
+        }
+        return facts | versions()
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What decides how fast this machine trains: `benchmark` depends on it. Without torch, the same every time."""
+        return {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count() or 1,
+            "gpus": ", ".join(_gpu_names()) or "none",
+            "torch": versions()["torch"],
+        }
+
+
+def write_fingerprint(machine: Machine, path: Path) -> None:
+    """Write `machine.fingerprint()` as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(machine.fingerprint(), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what results depend on, read without importing them."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def commit(root: Path) -> str:
+    """The checkout's git commit, with `+` when files differ from it; "none" without git."""
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return head + "+" * bool(changed.stdout.strip())
+
+
+def _number(environ: Mapping[str, str], name: str, least: int) -> int | None:
+    text = environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise MachineError(f"{name}={text}: must be a whole number of at least {least}")
+    return int(text)
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MachineError(f"device {name!r}: must be auto, cpu, cuda, cuda:<number> or mps") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise MachineError(f"device {name!r}: torch sees {found} CUDA devices here; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise MachineError(f"device {name!r}: torch sees no Apple GPU here; use --device cpu")
+    return name
+
+
+def _tracking_uri(root: Path, environ: Mapping[str, str]) -> str | None:
+    if environ.get("MDEQ_TRACKING", "on").lower() == "off":
+        return None
+    return environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+
+
+def _data_roots(environ: Mapping[str, str]) -> dict[str, Path]:
+    roots = {}
+    for name in SETS:
+        variable = f"MDEQ_DATA_{name.upper()}"
+        if text := environ.get(variable):
+            roots[name] = Path(text).expanduser()
+            if not roots[name].is_dir():
+                raise MachineError(f"{variable}={text}: no such directory")
+    return roots
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return _cpu_name()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu_names() -> list[str]:
+    names = []
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        lines = path.read_text().splitlines()
+        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    return names
