@@ -59,7 +59,8 @@ def equilibrium(
     Returns:
         Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*; and the forward solution.
     """
-    with torch.no_grad():
+    f = _in_state_precision(f, z0)
+    with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
         solution = forward(f, z0.detach())
     if not torch.is_grad_enabled():
         return solution.value, solution
@@ -71,7 +72,19 @@ def equilibrium(
 
 def unroll(f: Map, z0: Tensor, steps: int) -> Tensor:
     """f applied `steps` times to `z0`, all on the tape: the weight-tied network of the warm-up (Eq. 1)."""
-    return _damped(f, z0, steps, damping=1)
+    return _damped(_in_state_precision(f, z0), z0, steps, damping=1)
+
+
+def _in_state_precision(f: Map, z0: Tensor) -> Map:
+    """f under the caller's autocast, its value in the precision of the state, in which the solver works."""
+    device = z0.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def precise(z: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=enabled):
+            return f(z).to(z.dtype)
+
+    return precise
 
 
 def _damped(f: Map, z: Tensor, steps: int, damping: float) -> Tensor:
@@ -99,7 +112,8 @@ class _Adjoint(torch.autograd.Function):
         def product(u: Tensor) -> Tensor:  # J^T u
             return torch.autograd.grad(fz, z, u, retain_graph=True)[0]
 
-        solution = solve_adjoint(product, gradients[0], ctx.solver)
+        with torch.autocast(z.device.type, enabled=False):
+            solution = solve_adjoint(product, gradients[0], ctx.solver)
         if ctx.on_backward is not None:
             ctx.on_backward(solution)
         return solution.value, None, None, None

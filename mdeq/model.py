@@ -153,7 +153,8 @@ class MDEQ(nn.Module):
         """f on the flat state for this batch, the starting point z = 0 (B, D), and the shapes that split a state."""
         x = self.inject(image)
         scales = Scales.of(self.config.channels, *x.shape[-2:])
-        return self.f.bind(x, scales, softplus), scales.zeros(x), scales
+        z0 = scales.zeros(len(x), like=self.stem[0].weight.detach())  # autocast may have x in half precision, a state never is
+        return self.f.bind(x, scales, softplus), z0, scales
 
     def inject(self, image: Tensor) -> Tensor:
         """The input representation x at scale 1, (B, C_1, H_1, W_1)."""

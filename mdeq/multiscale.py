@@ -41,6 +41,6 @@ class Scales:
             for part, (c, h, w) in zip(parts, self.shapes, strict=True)
         ]
 
-    def zeros(self, like: Tensor) -> Tensor:
-        """The starting point z = 0 for the batch of `like`, (B, D)."""
-        return like.new_zeros(like.shape[0], sum(self.lengths))
+    def zeros(self, batch: int, like: Tensor) -> Tensor:
+        """The starting point z = 0 (B, D), with the precision and device of `like`."""
+        return like.new_zeros(batch, sum(self.lengths))
