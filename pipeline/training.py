@@ -1,0 +1,381 @@
+"""The one training loop: unrolled warm-up, then implicit; cosine schedule; exact resume. Needs torch and numpy alone.
+
+Everything random in a step is a function of (seed, step), everything random in a sample one of (seed, epoch, index):
+a run that is interrupted and resumed ends with the very weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mdeq import Network, Prediction, Solution
+from pipeline.data.loading import BatchDataset, batches
+
+Row = dict[str, float]
+Loss = Callable[[Tensor, Tensor], Tensor]
+FINAL_LR = 1e-6  # where the cosine ends, as published
+
+
+class TrainingError(Exception):
+    """Training that cannot go on; the message says at which step and what is left."""
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with L2 weight decay."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    kind: Literal["adam"] = "adam"
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent with momentum and L2 weight decay."""
+
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    kind: Literal["sgd"] = "sgd"
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """For the first `steps` updates f is applied `layers` times and back-propagated through.
+
+    `softplus` replaces the last ReLUs of f by a softplus of that curvature meanwhile (Sec. 3.3); None keeps the ReLUs.
+    """
+
+    layers: int
+    steps: int
+    softplus: float | None = None
+
+
+@dataclass(frozen=True)
+class JacobianTerm:
+    """Adds weight x |J|_F^2 / numel(z) to the loss of an implicit step, with the given probability."""
+
+    weight: float
+    probability: float = 1.0
+    probes: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the same for every data set and model."""
+
+    optimizer: Adam | Sgd
+    epochs: int
+    batch: int
+    warm_up: WarmUp | None = None
+    jacobian: JacobianTerm | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_minutes: float = 10.0
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between data sets: the data, the loss, and a fresh metric for each validation."""
+
+    train: BatchDataset
+    validation: BatchDataset
+    loss: Loss
+    metric: Callable[[], Metric]
+
+
+class Metric(Protocol):
+    """Accumulates over batches; `compute` gives names such as eval/top1."""
+
+    def update(self, logits: Tensor, targets: Tensor) -> None: ...
+
+    def compute(self) -> Row: ...
+
+
+class Store(Protocol):
+    """Where the resumable state lies."""
+
+    def load(self) -> dict[str, Any] | None: ...
+
+    def save(self, content: dict[str, Any]) -> None: ...
+
+
+class Observer(Protocol):
+    """Watches a run: `step` and `validating` for the eye; `saved` gets the log that a durable checkpoint covers."""
+
+    def step(self, step: int, total: int, values: Row) -> None: ...
+
+    def validating(self, done: int, total: int) -> None: ...
+
+    def saved(self, log: list[tuple[int, Row]]) -> None: ...
+
+
+@dataclass
+class _State:
+    """What, besides model and optimiser, a run consists of so far."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch, the next one
+    step: int = 0
+    loss_sum: float = 0.0  # of the epoch
+    seconds: float = 0.0  # of training, over all processes
+    log: list[tuple[int, Row]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str,
+    workers: int,
+    store: Store,
+    observer: Observer,
+) -> list[Row]:
+    """Trains `model` in place, going on from what `store` holds.
+
+    Args:
+        model: `Network`, or an explicit model that returns a `Prediction`.
+        task: Data, loss and metric.
+        recipe: How.
+        seed: Of data order, augmentation, dropout and probes. The caller seeds the initial weights.
+        device: Where; the model is moved there.
+        workers: Processes that load data.
+        store: Keeps the resumable state.
+        observer: Sees every step.
+
+    Returns:
+        The history, a row an epoch.
+
+    Raises:
+        TrainingError: if the loss is not finite.
+    """
+    model.to(device)
+    optimizer = _optimizer(model, recipe.optimizer)
+    state = _State()
+    saved = store.load()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = _State(**saved["state"])
+        observer.saved(state.log)
+
+    def save() -> None:
+        state.seconds += clock.lap()
+        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
+        store.save(content)
+        observer.saved(state.log)
+
+    updates = math.ceil(len(task.train) / recipe.batch)
+    total = updates * recipe.epochs
+    clock = _Clock()
+    while state.epoch < recipe.epochs:
+        epoch = state.epoch
+        model.train()
+        loader = batches(
+            task.train, recipe.batch, seed=seed, epoch=epoch, shuffle=True, start=state.batch, workers=workers
+        )
+        last_save = time.monotonic()
+        for images, targets in loader:
+            set_lr(optimizer, cosine(recipe.optimizer.lr, state.step, total))
+            torch.manual_seed(seed * 2_147_483_659 + state.step)
+            values = _update(model, optimizer, images.to(device), targets.to(device), task.loss, recipe, state.step)
+            if not math.isfinite(values["loss/train"]):
+                raise TrainingError(_not_finite(state, values))
+            state.loss_sum += values["loss/train"]
+            state.batch += 1
+            state.step += 1
+            if state.step % recipe.log_every == 0:
+                state.log.append((state.step, values))
+            observer.step(state.step, total, values)
+            if time.monotonic() - last_save > 60 * recipe.checkpoint_minutes:
+                save()
+                last_save = time.monotonic()
+        save()
+        row = _validate(model, task, recipe, state, device, workers, observer)
+        seconds = state.seconds + clock.lap()
+        row |= {"loss/train_epoch": state.loss_sum / updates, "lr": optimizer.param_groups[0]["lr"]}
+        state = _State(
+            epoch=epoch + 1,
+            step=state.step,
+            seconds=seconds,
+            log=[*state.log, (state.step, row)],
+            history=[*state.history, {"epoch": epoch + 1, "step": state.step, **row, "time/seconds": seconds}],
+        )
+        save()
+    return state.history
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: BatchDataset,
+    metric: Metric,
+    *,
+    batch: int,
+    device: str,
+    workers: int,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    unroll_steps: int | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Row:
+    """The metric over a data set in its own order, and the solver's means over its samples.
+
+    Args:
+        unroll_steps: Apply f that many times instead of solving.
+        on_batch: Called with batches done and in all.
+    """
+    model.eval()
+    residuals, evaluations, converged, count = 0.0, 0.0, 0.0, 0
+    loader = batches(dataset, batch, seed=0, epoch=0, shuffle=False, workers=workers)
+    with torch.inference_mode():
+        for done, (images, targets) in enumerate(loader, 1):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                prediction = predict(model, images.to(device), unroll_steps)
+            metric.update(prediction.logits.float(), targets.to(device))
+            solution = prediction.equilibrium.solution if prediction.equilibrium else None
+            if solution is not None:
+                residuals += float(solution.relative.sum())
+                evaluations += solution.nfe * len(images)
+                converged += float(solution.converged.sum())
+                count += len(images)
+            on_batch(done, len(loader))
+    values = metric.compute()
+    if count:
+        values |= {
+            "solver/relative_residual": residuals / count,
+            "solver/nfe": evaluations / count,
+            "solver/converged": converged / count,
+        }
+    return values
+
+
+def predict(model: nn.Module, images: Tensor, unroll_steps: int | None = None, jacobian_probes: int = 0) -> Prediction:
+    """The model's prediction; explicit models know nothing of unrolling."""
+    if isinstance(model, Network):
+        return model(images, unroll_steps=unroll_steps, jacobian_probes=jacobian_probes)
+    return model(images)
+
+
+def cosine(lr: float, step: int, total: int) -> float:
+    """The learning rate of update `step` of `total`: a half cosine from `lr` to `FINAL_LR`."""
+    return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    loss_function: Loss,
+    recipe: Recipe,
+    step: int,
+) -> Row:
+    """One update of the weights; its figures."""
+    start = time.perf_counter()
+    warm_up = recipe.warm_up if recipe.warm_up and step < recipe.warm_up.steps else None
+    term = recipe.jacobian
+    penalised = warm_up is None and term is not None and float(torch.rand(())) < term.probability
+    adjoint: list[Solution] = []
+    if isinstance(model, Network):
+        model.backbone.on_backward = adjoint.append
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        if isinstance(model, Network):
+            prediction = model(
+                images,
+                unroll_steps=warm_up.layers if warm_up else None,
+                softplus=warm_up.softplus if warm_up else None,
+                jacobian_probes=term.probes if penalised and term else 0,
+            )
+        else:
+            prediction = model(images)
+        loss = loss_function(prediction.logits, targets)
+    objective = loss
+    values: Row = {}
+    if penalised and term:
+        estimate = prediction.equilibrium.jacobian
+        objective = loss + term.weight * estimate
+        values["solver/jacobian"] = float(estimate)
+    optimizer.zero_grad(set_to_none=True)
+    objective.backward()
+    optimizer.step()
+    values["loss/train"] = float(loss)  # the one point a step where a GPU is waited for
+    values["lr"] = optimizer.param_groups[0]["lr"]
+    values["time/images_per_second"] = len(images) / (time.perf_counter() - start)
+    solution = prediction.equilibrium.solution if prediction.equilibrium else None
+    if solution is not None:
+        values["solver/forward_residual"] = float(solution.relative.mean())
+        values["solver/nfe"] = float(solution.nfe)
+    if adjoint:
+        values["solver/backward_residual"] = float(adjoint[-1].relative.mean())
+    return values
+
+
+def _validate(
+    model: nn.Module, task: Task, recipe: Recipe, state: _State, device: str, workers: int, observer: Observer
+) -> Row:
+    """Validation at the equilibrium; during the warm-up unrolled as well, under names that end in _unrolled."""
+
+    def run(unroll_steps: int | None) -> Row:
+        return evaluate(
+            model,
+            task.validation,
+            task.metric(),
+            batch=recipe.batch,
+            device=device,
+            workers=workers,
+            precision=recipe.precision,
+            unroll_steps=unroll_steps,
+            on_batch=observer.validating,
+        )
+
+    row = run(None)
+    if recipe.warm_up and state.step <= recipe.warm_up.steps:
+        row |= {f"{name}_unrolled": value for name, value in run(recipe.warm_up.layers).items()}
+    return row
+
+
+def _optimizer(model: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimizer:
+    if isinstance(settings, Adam):
+        return torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _not_finite(state: _State, values: Row) -> str:
+    return (
+        f"the loss is {values['loss/train']} at step {state.step} (epoch {state.epoch + 1}); stopped before it could "
+        "spoil the weights further. The last checkpoint is kept; lower optimizer.lr or lengthen warm_up.steps"
+    )
+
+
+class _Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        return seconds
