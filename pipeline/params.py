@@ -1,0 +1,379 @@
+"""params.yaml -> typed, checked params. One section a stage instance: `load` hands a stage its own and nothing else.
+
+The only module that opens params.yaml. What needs torch to be described (the models, their solvers and training) is in
+`train_params` and imported when such a section is read, so that a stage that does not train starts at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from pipeline.data.generated import GeneratedCifar10, GeneratedCityscapes, GeneratedImageNet
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+FILE = Path("params.yaml")
+SCHEMA = "params.schema.json"
+
+
+class ParamsError(ValueError):
+    """What is wrong with a params file: a line an error, `file: key: what is wrong`."""
+
+
+class Section(BaseModel):
+    """A part of params.yaml: no unknown keys, no silent conversions, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Ranges:
+    """Annotates a plain dataclass as a params field: `Annotated[Broyden, Ranges(steps=Field(ge=1))]`.
+
+    A field named here takes the range (or the type with ranges); all others are as the dataclass declares them. Errors
+    then name the key, and the JSON schema knows the range; the value is the dataclass itself.
+    """
+
+    def __init__(self, **ranges: Any) -> None:
+        self._ranges = ranges
+
+    def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
+        hints = get_type_hints(source)
+        declared: dict[str, Any] = {}
+        for field in fields(source):
+            kind = hints[field.name]
+            extra = self._ranges.get(field.name)
+            if extra is not None:
+                kind = Annotated[kind, extra] if isinstance(extra, FieldInfo) else extra
+            declared[field.name] = (kind, ... if field.default is MISSING else field.default)
+        mirror = create_model(source.__name__, __base__=Section, __doc__=source.__doc__, **declared)
+
+        def build(checked: Section) -> Any:
+            return source(**{name: getattr(checked, name) for name in declared})
+
+        return core_schema.no_info_after_validator_function(
+            build,
+            handler.generate_schema(mirror),
+            serialization=core_schema.plain_serializer_function_ser_schema(asdict),
+        )
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""What a model may be called: it becomes part of a stage's name, of a path and of a dotted key."""
+
+Source = Annotated[
+    Literal["generated", "folder", "download"],
+    Field(description="drawn by the pipeline | the files you have | fetched with the set's official tool"),
+]
+
+
+class PrepareParams(Section):
+    """Where a set comes from."""
+
+    source: Source
+    generated: GeneratedCifar10 | GeneratedImageNet | GeneratedCityscapes | None = Field(
+        default=None, description="what to draw; needed with `source: generated`, ignored otherwise"
+    )
+
+    @model_validator(mode="after")
+    def _drawn_from_something(self) -> PrepareParams:
+        if self.source == "generated" and self.generated is None:
+            raise ValueError("generated: is missing; `source: generated` needs to know what to draw")
+        return self
+
+
+_Seed, _Count = Field(ge=0), Field(ge=1)
+
+
+class PrepareCifar10(PrepareParams):
+    """Where CIFAR-10 comes from."""
+
+    generated: (
+        Annotated[GeneratedCifar10, Ranges(seed=_Seed, train=Field(ge=10), test=Field(ge=10))] | None
+    ) = None
+
+
+class PrepareImageNet(PrepareParams):
+    """Where ImageNet comes from."""
+
+    generated: (
+        Annotated[
+            GeneratedImageNet,
+            Ranges(seed=_Seed, classes=Field(ge=2), train_per_class=_Count, val_per_class=_Count),
+        ]
+        | None
+    ) = None
+
+
+class PrepareCityscapes(PrepareParams):
+    """Where Cityscapes comes from."""
+
+    generated: (
+        Annotated[
+            GeneratedCityscapes,
+            Ranges(seed=_Seed, train=_Count, val=_Count, height=Field(ge=32), width=Field(ge=32)),
+        ]
+        | None
+    ) = None
+
+
+class EvaluateParams(Section):
+    """How trained models are judged."""
+
+    batch: int = Field(ge=1, description="samples at once; a prediction never depends on its neighbours")
+    steps: int | None = Field(default=None, ge=1, description="the forward solver's limit; null: the one trained with")
+    limit: int | None = Field(default=None, ge=1, description="only the first samples of the split; null: all")
+    examples: int = Field(default=8, ge=1, le=64, description="predictions shown beside the truth")
+
+
+class ConvergenceParams(Section):
+    """Figure 5: how fast the solvers find a trained model's equilibrium."""
+
+    model: Name = Field(description="a model of the stage that trains on this set")
+    batch: int = Field(ge=1, description="samples a batch")
+    batches: int = Field(default=5, ge=2, description="random batches; mean and standard deviation are over them")
+    steps: int = Field(ge=1, description="updates of each solver: one evaluation of f less")
+    seed: int = Field(default=0, ge=0, description="which batches")
+
+
+class BenchmarkParams(Section):
+    """Figure 4b: time and memory of a training step, relative to ResNet-101."""
+
+    batch: int = Field(ge=1, description="images a step; the paper: 32")
+    image: int = Field(default=32, ge=8, description="height and width of the images")
+    rounds: int = Field(ge=1, description="measured steps of each model, interleaved; their median counts")
+    warm_up: int = Field(default=1, ge=0, description="steps before measuring")
+    seed: int = Field(default=0, ge=0, description="of weights and images")
+
+
+PREPARE = {"cifar10": PrepareCifar10, "imagenet": PrepareImageNet, "cityscapes": PrepareCityscapes}
+TRAINED_BY = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
+TRAINING = tuple(TRAINED_BY.values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of dvc.yaml and the one section that its command reads ({} stands for the instance)."""
+
+    command: str
+    section: str | None
+
+
+STAGES = {
+    "prepare": Stage("prepare {}", "prepare.{}"),
+    "classify": Stage("classify {}", "classify.{}"),
+    "pretrain": Stage("pretrain {}", "pretrain.{}"),
+    "finetune": Stage("finetune {}", "finetune.{}"),
+    "evaluate-cifar10": Stage("evaluate cifar10 {}", "evaluate.cifar10"),
+    "evaluate-imagenet": Stage("evaluate imagenet {}", "evaluate.imagenet"),
+    "evaluate-cityscapes": Stage("evaluate cityscapes {}", "evaluate.cityscapes"),
+    "convergence": Stage("convergence {}", "convergence.{}"),
+    "machine": Stage("machine", None),
+    "benchmark": Stage("benchmark", "benchmark"),
+    "report": Stage("report", None),
+}
+"""The stages of dvc.yaml; a test holds both together."""
+
+
+def load(stage: str, instance: str | None = None, path: str | Path = FILE) -> Section:
+    """The params of a stage instance: `load("classify", "mdeq-small")`, `load("benchmark")`. Reads that section alone.
+
+    Raises:
+        ParamsError: The section is missing or wrong.
+    """
+    data = _read(Path(path))
+    keys = (stage,) if instance is None else (stage, instance)
+    for i, key in enumerate(keys):
+        if not isinstance(data, dict) or key not in data:
+            there = ", ".join(map(str, data)) if isinstance(data, dict) and data else "none"
+            raise ParamsError(f"{path}: {'.'.join(keys[: i + 1])}: is not there; there are: {there}")
+        data = data[key]
+    section = _validate(_section_type(stage, instance), data, Path(path), keys)
+    assert isinstance(section, Section)
+    return section
+
+
+def check(path: str | Path = FILE, stamp: Path | None = None) -> None:
+    """Check the whole file, with what one section says of another; `stamp` remembers a file found right.
+
+    Raises:
+        ParamsError: Every error of the file, a line each.
+    """
+    path = Path(path)
+    data = _read(path)
+    digest = _digest(path)
+    if stamp is not None and stamp.is_file() and stamp.read_text() == digest:
+        return
+    from pipeline.train_params import Params, across
+
+    params = _validate(Params, data, path, ())
+    assert isinstance(params, Params)
+    if wrong := across(params):
+        raise ParamsError("\n".join(f"{path}: {line}" for line in wrong))
+    if stamp is not None:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(digest)
+
+
+def schema() -> str:
+    """The JSON schema of params.yaml, for editors."""
+    from pipeline.train_params import Params
+
+    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Params.model_json_schema()}
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _section_type(stage: str, instance: str | None) -> type[Section]:
+    if stage in TRAINING:
+        from pipeline import train_params
+
+        return train_params.BY_STAGE[stage]
+    if stage == "prepare":
+        return PREPARE[instance or ""]
+    return {"evaluate": EvaluateParams, "convergence": ConvergenceParams, "benchmark": BenchmarkParams}[stage]
+
+
+def _read(path: Path) -> Any:
+    try:
+        data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run from the repository's root or name one with --params") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path}: cannot be read: {error}") from None
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ParamsError(f"{path}: {line}not YAML: {error.problem}".replace("\n", " ")) from None
+    except YAMLError as error:
+        raise ParamsError(f"{path}: not YAML: {error}".replace("\n", " ")) from None
+    if not isinstance(data, dict):
+        raise ParamsError(f"{path}: must hold sections (prepare:, classify:, ...)")
+    return data
+
+
+def _validate(kind: type[Section], data: Any, path: Path, keys: tuple[str, ...]) -> Section:
+    try:
+        # JSON mode: a list becomes a tuple and a mapping a dataclass, while scalars are taken strictly
+        return kind.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        document = kind.model_json_schema()
+        lines = dict.fromkeys(_line(details, data, document, keys) for details in error.errors(include_url=False))
+        raise ParamsError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def _line(error: ErrorDetails, data: Any, document: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """One error as `dotted.key: what is wrong`."""
+    where = _location(error["loc"], data, error["type"] == "missing")
+    what = error["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    match error["type"]:
+        case "missing":
+            what = "is missing"
+        case "extra_forbidden":
+            allowed = _allowed(document, data, where[:-1])
+            near = difflib.get_close_matches(str(where[-1]), allowed, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            what = f"unknown key; {hint}allowed: {', '.join(allowed)}"
+        case "union_tag_not_found":
+            where, what = (*where, "kind"), f"is missing; one of {_expected(document, data, where)}"
+        case "union_tag_invalid":
+            where = (*where, "kind")
+            what = f"must be one of {error.get('ctx', {}).get('expected_tags')}, not {error.get('ctx', {}).get('tag')!r}"
+        case "value_error":
+            field, colon, rest = what.partition(": ")
+            if colon and field.replace(".", "").isidentifier():
+                where, what = (*where, field), rest
+        case "dataclass_type" | "model_type" | "dict_type" | "model_attributes_type":
+            what = f"must be a mapping (key: value lines), not {_short(error['input'])}"
+        case _:
+            what = f"{what}, not {_short(error['input'])}"
+    return f"{'.'.join(map(str, (*keys, *where))) or 'the file'}: {what}"
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _location(loc: tuple[int | str, ...], data: Any, missing: bool) -> tuple[int | str, ...]:
+    """Pydantic's path without the union tags in it, which no key of the file has."""
+    where: list[int | str] = []
+    for i, part in enumerate(loc):
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif not (missing and i == len(loc) - 1):
+            continue
+        where.append(part)
+    return tuple(where)
+
+
+def _allowed(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> list[str]:
+    """The keys that the schema knows at a place of the file."""
+    node = _follow(document, document, data)
+    for part in where:
+        data = data[part]
+        inner = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
+        node = _follow(document, inner if isinstance(inner, dict) else {}, data)
+    return sorted(node.get("properties", {}))
+
+
+def _expected(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> str:
+    """The kinds that the schema offers at a place of the file."""
+    node: dict[str, Any] = _follow(document, document, data)
+    for part in where:
+        data = data[part]
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        if part != where[-1]:
+            node = _follow(document, node, data)
+    choices = [node, *node.get("anyOf", [])]
+    return ", ".join(repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {}))
+
+
+def _follow(document: dict[str, Any], node: dict[str, Any], data: Any) -> dict[str, Any]:
+    """The object schema behind references, optional values and unions, by the `kind` that the file names."""
+    if "$ref" in node:
+        return _follow(document, document["$defs"][node["$ref"].rpartition("/")[2]], data)
+    if "discriminator" in node and isinstance(data, dict):
+        return _follow(document, {"$ref": node["discriminator"]["mapping"].get(data.get("kind"), "")}, data)
+    for choice in node.get("anyOf", []):
+        if choice.get("type") != "null":
+            return _follow(document, choice, data)
+    return node
+
+
+def _digest(path: Path) -> str:
+    """Of the file and of the code that decides what is right."""
+    here = Path(__file__).parent
+    files = [path, *sorted(here.glob("*params.py")), here / "training.py", *sorted((here.parent / "mdeq").glob("*.py"))]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def __getattr__(name: str) -> Any:
+    """`TrainParams` and its kin, from `train_params` when first asked for: they need torch."""
+    if name in {"TrainParams", "ClassifyParams", "PretrainParams", "FinetuneParams"}:
+        from pipeline import train_params
+
+        return getattr(train_params, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

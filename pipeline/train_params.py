@@ -1,0 +1,239 @@
+"""The params of the stages that train, and the whole params file. Apart from `params` because they need torch.
+
+The library's dataclasses are fields as they are, so a setting exists once; `Ranges` adds what their numbers may be.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mdeq import (
+    Anderson,
+    Broyden,
+    ClassificationHeadConfig,
+    FixedPoint,
+    Gmres,
+    Implicit,
+    MDEQConfig,
+    Phantom,
+    SegmentationHeadConfig,
+)
+from mdeq.baselines import ResNetConfig
+from pipeline.params import (
+    TRAINED_BY,
+    BenchmarkParams,
+    ConvergenceParams,
+    EvaluateParams,
+    Name,
+    PrepareCifar10,
+    PrepareCityscapes,
+    PrepareImageNet,
+    Ranges,
+    Section,
+)
+from pipeline.training import Adam, Sgd
+
+
+Positive = Field(gt=0)
+Natural = Field(ge=1)
+_SOLVES = {"steps": Natural, "tolerance": Field(ge=0), "check_every": Natural}
+
+BroydenParams = Annotated[Broyden, Ranges(**_SOLVES)]
+AndersonParams = Annotated[
+    Anderson, Ranges(**_SOLVES, memory=Natural, ridge=Field(ge=0), mixing=Field(gt=0, le=1))
+]
+FixedPointParams = Annotated[FixedPoint, Ranges(**_SOLVES, damping=Field(gt=0, le=1))]
+GmresParams = Annotated[Gmres, Ranges(**_SOLVES)]
+ForwardParams = Annotated[BroydenParams | AndersonParams | FixedPointParams, Field(discriminator="kind")]
+AdjointParams = Annotated[
+    BroydenParams | AndersonParams | FixedPointParams | GmresParams, Field(discriminator="kind")
+]
+ImplicitParams = Annotated[Implicit, Ranges(solver=AdjointParams)]
+PhantomParams = Annotated[Phantom, Ranges(steps=Natural, damping=Field(gt=0, le=1))]
+BackwardParams = Annotated[ImplicitParams | PhantomParams, Field(discriminator="kind")]
+
+_Channels = Annotated[tuple[Annotated[int, Natural], ...], Field(min_length=1)]
+MDEQParams = Annotated[
+    MDEQConfig,
+    Ranges(
+        channels=_Channels,
+        expansion=Natural,
+        groups=Field(ge=2, multiple_of=2),
+        downsamplings=Field(ge=0, le=2),
+        dropout=Field(ge=0, lt=1),
+        batch_norm_momentum=Field(gt=0, le=1),
+    ),
+]
+ResNetParams = Annotated[ResNetConfig, Ranges(width=Natural)]
+ClassificationHeadParams = Annotated[ClassificationHeadConfig, Ranges(channels=_Channels, final_channels=Natural)]
+SegmentationHeadParams = Annotated[SegmentationHeadConfig, Ranges()]
+_Decay = Field(ge=0)
+OptimizerParams = Annotated[
+    Annotated[Adam, Ranges(lr=Positive, weight_decay=_Decay)]
+    | Annotated[Sgd, Ranges(lr=Positive, weight_decay=_Decay, momentum=Field(ge=0, lt=1))],
+    Field(discriminator="kind"),
+]
+Size = Annotated[tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")]
+
+
+class WarmUp(Section):
+    """The first `steps` updates apply f `layers` times and back-propagate through them, instead of solving."""
+
+    layers: int = Field(ge=1)
+    steps: int = Field(ge=0, description="must be fewer than the run's updates; 0: no warm-up")
+
+
+class Jacobian(Section):
+    """The Jacobian regularisation of Bai, Koltun and Kolter (ICML 2021)."""
+
+    weight: float = Field(ge=0)
+    probability: float = Field(ge=0, le=1, description="of an update to be regularised")
+
+
+class Loss(Section):
+    """Cross-entropy over the pixels."""
+
+    class_weights: bool = Field(description="weigh the classes by the published list")
+    ohem: bool = Field(default=False, description="online hard example mining")
+
+
+class TrainParams(Section):
+    """What every training has."""
+
+    model: MDEQParams | ResNetParams
+    head: ClassificationHeadParams | SegmentationHeadParams | None
+    forward: ForwardParams | None = Field(description="finds the equilibrium")
+    backward: BackwardParams | None = Field(description="differentiates it")
+    warm_up: WarmUp | None
+    jacobian: Jacobian | None = None
+    optimizer: OptimizerParams
+    batch: int = Field(ge=1, description="samples an update, over all devices")
+    epochs: int = Field(ge=1)
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        default=[0], description="one training each; metrics are their mean and spread, the model is the first one's"
+    )
+    augment: bool
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_minutes: float = Field(default=5.0, gt=0, description="between two saves of the resumable state")
+
+    @model_validator(mode="after")
+    def _whole(self) -> TrainParams:
+        needed = ("head", "forward", "backward", "warm_up")
+        if isinstance(self.model, MDEQConfig):
+            for name in needed:
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name}: must not be null; an mdeq needs it")
+            scales = len(self.model.channels)
+            if isinstance(self.head, ClassificationHeadConfig) and len(self.head.channels) != scales:
+                raise ValueError(f"head.channels: must have {scales} numbers, one a scale of model.channels")
+        else:
+            for name in (*needed, "jacobian"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: must be null; a {self.model.kind} has no equilibrium to find")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: must differ from each other, not {self.seeds}")
+        return self
+
+
+class ClassifyParams(TrainParams):
+    """CIFAR-10 (Table 1)."""
+
+    model: MDEQParams | ResNetParams = Field(discriminator="kind")
+    head: ClassificationHeadParams | None
+
+
+class PretrainParams(TrainParams):
+    """ImageNet (Table 2)."""
+
+    model: MDEQParams | ResNetParams = Field(discriminator="kind")
+    head: ClassificationHeadParams | None
+    image: int = Field(ge=8, description="height and width of the crops")
+
+
+class FinetuneParams(TrainParams):
+    """Cityscapes (Table 3)."""
+
+    model: MDEQParams
+    head: SegmentationHeadParams
+    loss: Loss
+    crop: Size
+    test_size: Size | None = Field(description="what images are resized to for evaluation; null: as they are")
+    backbone: Name | None = Field(description="a model of `pretrain` to start from; null: from scratch")
+
+
+BY_STAGE: dict[str, type[TrainParams]] = {
+    "classify": ClassifyParams,
+    "pretrain": PretrainParams,
+    "finetune": FinetuneParams,
+}
+
+
+class Prepare(Section):
+    """The data."""
+
+    cifar10: PrepareCifar10
+    imagenet: PrepareImageNet
+    cityscapes: PrepareCityscapes
+
+
+class Evaluate(Section):
+    """Evaluation on each set."""
+
+    cifar10: EvaluateParams
+    imagenet: EvaluateParams
+    cityscapes: EvaluateParams
+
+
+class Convergence(Section):
+    """Figure 5 on each set."""
+
+    cifar10: ConvergenceParams
+    imagenet: ConvergenceParams
+    cityscapes: ConvergenceParams
+
+
+class Params(Section):
+    """params.yaml: one section a stage, one entry an instance."""
+
+    prepare: Prepare
+    classify: dict[Name, ClassifyParams]
+    pretrain: dict[Name, PretrainParams]
+    finetune: dict[Name, FinetuneParams]
+    evaluate: Evaluate
+    convergence: Convergence
+    benchmark: BenchmarkParams
+
+
+def across(params: Params) -> list[str]:
+    """What one section says wrongly of another, as `dotted.key: what is wrong`."""
+    wrong = []
+    for name, entry in params.finetune.items():
+        if entry.backbone is None:
+            continue
+        source = params.pretrain.get(entry.backbone)
+        if source is None:
+            there = ", ".join(params.pretrain) or "none"
+            wrong.append(f"finetune.{name}.backbone: no model {entry.backbone!r} in pretrain; there are: {there}")
+        elif not isinstance(source.model, MDEQConfig):
+            wrong.append(f"finetune.{name}.backbone: {entry.backbone!r} is a {source.model.kind}; must be an mdeq")
+        else:
+            wrong += _differences(name, entry.backbone, entry.model, source.model)
+    for data, stage in TRAINED_BY.items():
+        model = getattr(params.convergence, data).model
+        entries = getattr(params, stage)
+        there = ", ".join(name for name, entry in entries.items() if isinstance(entry.model, MDEQConfig)) or "none"
+        if model not in entries or not isinstance(entries[model].model, MDEQConfig):
+            wrong.append(f"convergence.{data}.model: no mdeq {model!r} in {stage}; there are: {there}")
+    return wrong
+
+
+def _differences(name: str, backbone: str, ours: MDEQConfig, theirs: MDEQConfig) -> list[str]:
+    """Fields that decide the shape of a backbone's weights and must be those it was trained with."""
+    shape = ("channels", "expansion", "downsamplings", "weight_norm", "post_fusion_affine", "groups")
+    return [
+        f"finetune.{name}.model.{key}: must be that of its backbone, pretrain.{backbone}: {getattr(theirs, key)}"
+        for key in shape
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
