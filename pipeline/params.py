@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -255,14 +256,15 @@ def _section_type(stage: str, instance: str | None) -> type[Section]:
 def _read(path: Path) -> Any:
     try:
         data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        data = json.loads(json.dumps(data, default=str))  # as JSON has it: text for keys, no loops
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run from the repository's root or name one with --params") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: cannot be read: {error}") from None
+        raise ParamsError(f"{path}: cannot be read: {error}".replace("\n", " ")) from None
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ParamsError(f"{path}: {line}not YAML: {error.problem}".replace("\n", " ")) from None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(data, dict):
         raise ParamsError(f"{path}: must hold sections (prepare:, classify:, ...)")
@@ -272,7 +274,7 @@ def _read(path: Path) -> Any:
 def _validate(kind: type[Section], data: Any, path: Path, keys: tuple[str, ...]) -> Section:
     try:
         # JSON mode: a list becomes a tuple and a mapping a dataclass, while scalars are taken strictly
-        return kind.model_validate_json(json.dumps(data, default=str))
+        return kind.model_validate_json(json.dumps(data))
     except ValidationError as error:
         document = kind.model_json_schema()
         lines = dict.fromkeys(_line(details, data, document, keys) for details in error.errors(include_url=False))
@@ -282,7 +284,8 @@ def _validate(kind: type[Section], data: Any, path: Path, keys: tuple[str, ...])
 def _line(error: ErrorDetails, data: Any, document: dict[str, Any], keys: tuple[str, ...]) -> str:
     """One error as `dotted.key: what is wrong`."""
     where = _location(error["loc"], data, error["type"] == "missing")
-    what = error["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    what = error["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
+    what = what.replace("less than or equal to", "at most").removeprefix("Value error, ")
     match error["type"]:
         case "missing":
             what = "is missing"
@@ -300,6 +303,10 @@ def _line(error: ErrorDetails, data: Any, document: dict[str, Any], keys: tuple[
             field, colon, rest = what.partition(": ")
             if colon and field.replace(".", "").isidentifier():
                 where, what = (*where, field), rest
+        case "too_short" | "too_long":
+            what = re.sub(r".* should have (.*) after validation, not .*", r"must have \1", what)
+        case "string_pattern_mismatch":
+            what = "a model's name is made of letters, digits, - and _"
         case "dataclass_type" | "model_type" | "dict_type" | "model_attributes_type":
             what = f"must be a mapping (key: value lines), not {_short(error['input'])}"
         case _:
@@ -331,21 +338,25 @@ def _allowed(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) 
     node = _follow(document, document, data)
     for part in where:
         data = data[part]
-        inner = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
-        node = _follow(document, inner if isinstance(inner, dict) else {}, data)
+        node = _follow(document, _inner(node, part), data)
     return sorted(node.get("properties", {}))
 
 
 def _expected(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> str:
     """The kinds that the schema offers at a place of the file."""
-    node: dict[str, Any] = _follow(document, document, data)
-    for part in where:
+    node = _follow(document, document, data)
+    for part in where[:-1]:
         data = data[part]
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
-        if part != where[-1]:
-            node = _follow(document, node, data)
-    choices = [node, *node.get("anyOf", [])]
+        node = _follow(document, _inner(node, part), data)
+    choices = [last := _inner(node, where[-1]), *last.get("anyOf", [])]
     return ", ".join(repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {}))
+
+
+def _inner(node: dict[str, Any], part: int | str) -> dict[str, Any]:
+    """The schema of a key; every key of a mapping of models has the same."""
+    if part in node.get("properties", {}):
+        return node["properties"][part]
+    return next(iter(node.get("patternProperties", {}).values()), {})
 
 
 def _follow(document: dict[str, Any], node: dict[str, Any], data: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The library's dataclasses are fields as they are, so a setting exists once; `Ran
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -233,7 +234,7 @@ def _differences(name: str, backbone: str, ours: MDEQConfig, theirs: MDEQConfig)
     """Fields that decide the shape of a backbone's weights and must be those it was trained with."""
     shape = ("channels", "expansion", "downsamplings", "weight_norm", "post_fusion_affine", "groups")
     return [
-        f"finetune.{name}.model.{key}: must be that of its backbone, pretrain.{backbone}: {getattr(theirs, key)}"
+        f"finetune.{name}.model.{key}: must be that of its backbone, pretrain.{backbone}: {json.dumps(getattr(theirs, key))}"
         for key in shape
         if getattr(ours, key) != getattr(theirs, key)
     ]
