@@ -1,0 +1,341 @@
+"""Cityscapes in its official tree (or zips): pairs found from the tree, label ids mapped to the 19 train ids."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.data.manifest import DataError, Found, Manifest, Row, checksum, files, folders, image_size, read_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.data.loading import Keys
+
+SPLITS = ("train", "val")
+IMAGES, LABELS = "leftImg8bit", "gtFine"
+IMAGE_END, LABEL_END = "_leftImg8bit.png", "_gtFine_labelIds.png"
+ARCHIVES = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_trainvaltest.zip"}
+IGNORE = 255
+UNKNOWN = 254
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+# ---- classes
+
+
+@cache
+def class_names() -> tuple[str, ...]:
+    """Return the names of the 19 train ids, in their order."""
+    from cityscapesscripts.helpers.labels import labels
+
+    train = {label.trainId: label.name for label in labels if 0 <= label.trainId < IGNORE}
+    return tuple(train[i] for i in range(len(train)))
+
+
+@cache
+def colours() -> np.ndarray:
+    """Return the official RGB colour of each train id, (256, 3) uint8; black for what is ignored."""
+    from cityscapesscripts.helpers.labels import labels
+
+    table = np.zeros((256, 3), np.uint8)
+    for label in labels:
+        if 0 <= label.trainId < IGNORE:
+            table[label.trainId] = label.color
+    return table
+
+
+@cache
+def train_ids() -> np.ndarray:
+    """Return the table (256,) from label id to train id: 0 to 18, 255 ignored, 254 for ids that do not exist."""
+    from cityscapesscripts.helpers.labels import labels
+
+    table = np.full(256, UNKNOWN, np.uint8)
+    for label in labels:
+        if label.id >= 0:
+            table[label.id] = label.trainId if 0 <= label.trainId < IGNORE else IGNORE
+    return table
+
+
+def read_label(root: Path, path: str, content: bytes) -> np.ndarray:
+    """Return a labelIds picture as train ids (H, W) uint8; ids outside the official table are an error."""
+    import cv2
+
+    ids = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if ids is None or ids.ndim != 2 or ids.dtype != np.uint8:
+        raise DataError(f"{root / path}: not a readable one-channel 8-bit picture of label ids")
+    target = train_ids()[ids]
+    if (target == UNKNOWN).any():
+        raise DataError(f"{root / path}: label id {int(ids[target == UNKNOWN][0])} is none of Cityscapes' label ids")
+    return target
+
+
+# ---- what the prepare stage asks of every set
+
+
+def find(root: Path) -> list[Found]:
+    """Return every pair (image, label) of the tree, or name the file that has no partner."""
+    found = []
+    for split in SPLITS:
+        images = _stems(root, IMAGES, split, IMAGE_END)
+        labels = _stems(root, LABELS, split, LABEL_END)
+        for stem in sorted(images ^ labels):
+            lacking = f"{LABELS}/{split}/{stem}{LABEL_END}" if stem in images else f"{IMAGES}/{split}/{stem}{IMAGE_END}"
+            raise DataError(f"{root / lacking}: no such file, but its partner is there")
+        pairs = [(f"{IMAGES}/{split}/{s}{IMAGE_END}", f"{LABELS}/{split}/{s}{LABEL_END}") for s in sorted(images)]
+        if not pairs:
+            raise DataError(f"{root / IMAGES / split}: no city folder with *{IMAGE_END} in it")
+        found += [Found(split, pair) for pair in pairs]
+    return found
+
+
+def _stems(root: Path, kind: str, split: str, end: str) -> set[str]:
+    """Return `<city>/<city>_<sequence>_<frame>` of each file of a kind; other kinds of files may lie beside them."""
+    folder = root / kind / split
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; put Cityscapes' folders {IMAGES} and {LABELS} (or "
+            f"{' and '.join(ARCHIVES.values())}) into {root}"
+        )
+    return {
+        f"{city}/{name.removesuffix(end)}"
+        for city in folders(folder)
+        for name in files(folder / city)
+        if name.endswith(end)
+    }
+
+
+def inspect(root: Path, found: Found) -> Row:
+    """Decode a pair; return its row, with the number of pixels of each class and of those ignored."""
+    path, label_path = found.files
+    content, label_content = (read_bytes(root, file) for file in found.files)
+    width, height = image_size(root, path, content)
+    label_size = image_size(root, label_path, label_content)
+    if label_size != (width, height):
+        raise DataError(
+            f"{root / label_path}: {label_size[0]} x {label_size[1]} pixels, but its image has {width} x {height}"
+        )
+    pixels = np.bincount(read_label(root, label_path, label_content).ravel(), minlength=256)
+    row: Row = {"path": path, "label_path": label_path, "split": found.split, "city": path.split("/")[2]}
+    row |= {"width": width, "height": height, "bytes": len(content), "label_bytes": len(label_content)}
+    row |= {name: int(pixels[i]) for i, name in enumerate(class_names())} | {"ignored": int(pixels[IGNORE])}
+    return row | {"checksum": checksum(content), "label_checksum": checksum(label_content)}
+
+
+def check(root: Path, rows: list[Row]) -> None:
+    """Check what no single pair shows: no split may be void throughout."""
+    for split, pixels in counts(rows).items():
+        if not any(pixels[name] for name in class_names()):
+            raise DataError(f"{root / LABELS / split}: no pixel of any of the 19 classes in the whole split")
+
+
+def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
+    """Return the number of pixels of each split and class, and of those ignored."""
+    names = (*class_names(), "ignored")
+    return {
+        split: {name: sum(int(row[name]) for row in rows if row["split"] == split) for name in names}
+        for split in SPLITS
+    }
+
+
+def unpack(root: Path) -> None:
+    """Unpack the two official zips, each where its part of the tree is missing."""
+    for kind, name in ARCHIVES.items():
+        if not (root / kind).exists() and (root / name).is_file():
+            _unpack(root, kind, root / name)
+
+
+def _unpack(root: Path, kind: str, archive: Path) -> None:
+    """Write the zip's files of one kind; every name is matched whole, so nothing can land outside the folder."""
+    from rich.progress import track
+
+    partial = root / f"{kind}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for member in track(zipped.infolist(), f"Unpacking {archive.name}"):
+                name = re.fullmatch(rf"{kind}/((train|val|test)/\w+/[\w-]+\.(png|json))", member.filename)
+                if member.is_dir() or member.filename in ("README", "license.txt"):
+                    continue
+                if name is None or member.external_attr >> 28 not in (0, 8):
+                    raise DataError(f"{archive}: holds {member.filename!r}, which the official archive does not")
+                (partial / name[1]).parent.mkdir(parents=True, exist_ok=True)
+                with zipped.open(member) as file, (partial / name[1]).open("wb") as out:
+                    shutil.copyfileobj(file, out)
+        partial.rename(root / kind)
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"{archive}: cannot be unpacked ({error})") from None
+
+
+def download(root: Path) -> None:
+    """Fetch the two zips with the official downloader and the account that the environment names, unless there."""
+    import subprocess
+
+    wanted = [name for kind, name in ARCHIVES.items() if not (root / kind).exists() and not (root / name).exists()]
+    if wanted:
+        account = [os.environ.get(key) for key in ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD")]
+        if not all(account):
+            raise DataError(
+                f"{root}: set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD to your account at "
+                f"https://www.cityscapes-dataset.com, or put {' and '.join(wanted)} there by hand"
+            )
+        root.mkdir(parents=True, exist_ok=True)
+        # The tool asks for name, password and whether to store them; the password it reads from a terminal alone.
+        code = (
+            "import getpass, os, builtins\n"
+            "from cityscapesscripts.download import downloader\n"
+            "answers = iter([os.environ['CITYSCAPES_USERNAME'], 'n'])\n"
+            "downloader.input = lambda *_: next(answers)\n"
+            "getpass.getpass = lambda *_: os.environ['CITYSCAPES_PASSWORD']\n"
+            "downloader.main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, "--resume", "-d", str(root), *wanted], check=False)
+        if done.returncode:
+            raise DataError(f"{root}: csDownload failed; its message stands above")
+    unpack(root)
+
+
+def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
+    """Return (city, [image, labels in colour, image, ...]) of `each` training scenes, spread over the split."""
+    train = [row for row in rows if row["split"] == "train"]
+    chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, 2 * each).astype(int))]
+    pictures = []
+    for row in chosen:
+        image, label = read_pair(root, str(row["path"]), str(row["label_path"]), int(row["bytes"]), int(row["label_bytes"]))
+        pictures.append((str(row["city"]), [image, (image * 0.3 + colours()[label] * 0.7).astype(np.uint8)]))
+    return pictures
+
+
+# ---- what training reads
+
+
+def read_pair(root: Path, path: str, label_path: str, size: int, label_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image (H, W, 3) RGB and its train ids (H, W), both uint8."""
+    import cv2
+
+    content = np.frombuffer(read_bytes(root, path, size), np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise DataError(f"{root / path}: not a readable image")
+    return image, read_label(root, label_path, read_bytes(root, label_path, label_size))
+
+
+def resized(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Resize an image (linearly) and its labels (to the nearest)."""
+    import cv2
+
+    if image.shape[:2] == (height, width):
+        return image, label
+    size = (width, height)
+    shrinks = height < image.shape[0]
+    return (
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR),
+        cv2.resize(label, size, interpolation=cv2.INTER_NEAREST),
+    )
+
+
+def augmented(
+    image: np.ndarray, label: np.ndarray, crop: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale by 0.5, 0.6, ... 2.1, cut `crop` (h, w) at random (padded with black and 255), flip every second."""
+    scale = 0.5 + 0.1 * int(rng.integers(0, 17))
+    image, label = resized(image, label, round(image.shape[0] * scale), round(image.shape[1] * scale))
+    image, label = cut(image, label, crop, rng)
+    return (image[:, ::-1], label[:, ::-1]) if rng.integers(2) else (image, label)
+
+
+def cut(
+    image: np.ndarray, label: np.ndarray, crop: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut `crop` (h, w) at random; a smaller picture is padded below and on the right."""
+    height, width = crop
+    below, beside = (max(0, want - have) for want, have in zip(crop, label.shape, strict=True))
+    if below or beside:
+        image = np.pad(image, ((0, below), (0, beside), (0, 0)))
+        label = np.pad(label, ((0, below), (0, beside)), constant_values=IGNORE)
+    top = int(rng.integers(0, label.shape[0] - height + 1))
+    left = int(rng.integers(0, label.shape[1] - width + 1))
+    return image[top : top + height, left : left + width], label[top : top + height, left : left + width]
+
+
+class Cityscapes:
+    """A split of Cityscapes; `dataset[keys]` reads a whole batch (images (B, 3, H, W), train ids (B, H, W))."""
+
+    def __init__(
+        self,
+        root: Path,
+        rows: Manifest,
+        *,
+        crop: tuple[int, int] | None,
+        test_size: tuple[int, int] | None,
+        augment: bool,
+        seed: int,
+    ) -> None:
+        """Hold the manifest's `rows`; pairs are read when asked for."""
+        self.root, self.crop, self.test_size, self.augment, self.seed = root, crop, test_size, augment, seed
+        self.classes = len(class_names())
+        self.files = [
+            (image, label, int(size), int(label_size))
+            for image, label, size, label_size in zip(
+                rows["path"], rows["label_path"], rows["bytes"], rows["label_bytes"], strict=True
+            )
+        ]
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.files)
+
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
+        """Return the batch of `keys`, normalised; augmented as (seed, epoch, index) say."""
+        import torch
+
+        pairs = [self._pair(keys.epoch, index) for index in keys.indices]
+        sizes = {label.shape for _, label in pairs}
+        if len(sizes) > 1:
+            raise DataError(
+                f"{self.root}: pictures of several sizes in one batch ({', '.join(map(str, sorted(sizes)))}); "
+                "set test_size or a batch of 1"
+            )
+        images = torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2).float() / 255
+        images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        return images.contiguous(), torch.from_numpy(np.stack([label for _, label in pairs])).long()
+
+    def _pair(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        from pipeline.data.loading import draw
+
+        image, label = read_pair(self.root, *self.files[index])
+        if self.augment and self.crop:
+            return augmented(image, label, self.crop, draw(self.seed, epoch, index))
+        if self.crop:
+            return cut(image, label, self.crop, draw(self.seed, epoch, index))
+        return resized(image, label, *self.test_size) if self.test_size else (image, label)
+
+
+def open_cityscapes(
+    root: Path,
+    manifest: Path,
+    split: str,
+    *,
+    crop: tuple[int, int] | None = None,
+    test_size: tuple[int, int] | None = None,
+    augment: bool,
+    seed: int,
+) -> Cityscapes:
+    """Open a split (train or val) through its manifest.
+
+    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`; without, the whole
+    picture, resized to `test_size` (h, w) where given.
+    """
+    if augment and crop is None:
+        raise ValueError("augmentation needs a crop")
+    rows = Manifest.read(manifest).split(split)
+    return Cityscapes(root, rows, crop=crop, test_size=test_size, augment=augment, seed=seed)
