@@ -25,6 +25,8 @@ CYCLE = (BLUE, RED, GREEN, PURPLE, YELLOW, GREY)
 SOLVER_COLOURS = {"broyden": BLUE, "fixed_point": YELLOW, "anderson": GREEN}
 SOLVER_NAMES = {"broyden": "Broyden", "fixed_point": "iterating f", "anderson": "Anderson"}
 INK = "#1b1f23"
+LOSS = "loss/train_epoch"
+_MEASURES = {"top1": BLUE, "top5": GREEN, "miou": BLUE, "pixel_accuracy": GREEN}
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f9fd", "#a9cbed", "#2f7fd1", "#123b66"])
 
 _STYLE: dict[str, Any] = {
@@ -36,7 +38,7 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10.5,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 8,
     "axes.labelsize": 9.5,
@@ -67,7 +69,7 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> None:
 
 
 def inline_svg(figure: Figure, title: str) -> str:
-    """``figure`` as SVG markup for a page: transparent, the ink in the page's text colour, scaled to its box."""
+    """``figure`` as SVG for a page: transparent, the ink in the page's text colour, scaled to its box."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -83,26 +85,30 @@ def inline_svg(figure: Figure, title: str) -> str:
     prefix = re.sub(r"\W+", "-", title.lower())
     markup = re.sub(r'\bid="', f'id="{prefix}-', markup)
     markup = markup.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    # matplotlib writes fonts as "font: 9.5px 'DejaVu Sans', ..."; the page's own font reads better beside its
-    # text
+    # matplotlib names its own fonts; the page's read better beside its text
     return markup.replace("inherit-family", "system-ui, sans-serif")
 
 
 def training_curves(history: pd.DataFrame, title: str) -> Figure:
-    """Loss and validation measures against the epoch (as Figure 4a), the mean over seeds with each seed drawn
-    thin.
+    """Loss and validation measures by epoch (as Figure 4a): the mean over seeds, each seed drawn thin.
 
-    ``history`` has one row a seed and epoch: epoch, loss and any ``eval...`` columns; those whose name says
-    ``unrolled`` are dashed.
+    ``history`` is history.csv: a row a seed and epoch, with epoch, loss/train_epoch, any eval/ columns; those
+    whose name ends in ``_unrolled`` are dashed.
     """
-    measures = [name for name in _measures(history) if history[name].notna().any()]
+    measures = _measures(history)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.2, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        _curve(left, history, "loss", BLUE, "training loss")
+        _curve(left, history, LOSS, BLUE, "training loss")
         left.set(title=title, xlabel="epoch", ylabel="training loss")
-        for index, name in enumerate(measures):
-            _curve(right, history, name, CYCLE[index // 2 % len(CYCLE)] if index else BLUE, _label(name))
+        for name in measures:
+            _curve(
+                right,
+                history,
+                name,
+                _MEASURES[name.removeprefix("eval/").removesuffix("_unrolled")],
+                _label(name),
+            )
         right.set(title="validation", xlabel="epoch", ylabel="%")
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -140,16 +146,23 @@ def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
     with matplotlib.rc_context(_STYLE):
         width = 8.4 if len(traces) == 1 else 3.4 * len(traces) + 0.6
         figure = Figure(figsize=(width, 3.3 * shape[0]), layout="constrained")
-        grid = np.asarray(figure.subplots(*shape, squeeze=False))
+        grid = np.asarray(
+            figure.subplots(*shape, squeeze=False, sharex=True, sharey="row" if len(traces) > 1 else "none")
+        )
         cells = grid[0][:, None] if len(traces) == 1 else grid
         for column, (name, trace) in enumerate(traces.items()):
             for row, (measure, label) in enumerate(measures.items()):
                 axes = cells[row][column]
                 _bands(axes, trace, measure)
-                axes.set_title(name if len(traces) > 1 else ("change" if measure == "change" else "residual"))
-                axes.set_xlabel("evaluations of f")
-                if column == 0:
+                axes.set_xlim(left=0)
+                if len(traces) == 1 or row == 0:
+                    axes.set_title(name if len(traces) > 1 else measure)
+                if len(traces) == 1 or row == 1:
+                    axes.set_xlabel("evaluations of f")
+                if len(traces) == 1 or column == 0:
                     axes.set_ylabel(label)
+        if len(traces) == 1:
+            figure.suptitle(next(iter(traces)), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
         cells[0][0].legend(loc="best")
     return figure
 
@@ -216,13 +229,13 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
 def classified(
     images: np.ndarray, truths: Sequence[int], probabilities: np.ndarray, names: Sequence[str], title: str
 ) -> Figure:
-    """Images (N, H, W, 3) in 0..1 with their class, and under each the three most probable answers as bars."""
+    """Images (N, H, W, 3) in 0..1 with their class, and the three most probable answers as bars below."""
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
     plain = {**_STYLE, "axes.grid": False, "axes.titlesize": 8.5}
     with matplotlib.rc_context(plain):
         figure = Figure(figsize=(1.75 * columns, 2.55 * rows + 0.4), layout="constrained")
-        figure.suptitle(title, fontsize=10.5, fontweight="semibold", x=0.01, ha="left")
+        figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
         grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.75, 0.8] * rows)
         for axes in grid.flat:
             axes.set_axis_off()
@@ -255,7 +268,7 @@ def segmented(
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
         size = (4 * scene, rows * (scene * height / width + 0.06) + 0.6 + 0.22 * legend_rows)
         figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(title, fontsize=10.5, fontweight="semibold", x=0.01, ha="left")
+        figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
         grid = figure.subplots(rows, 4, squeeze=False)
         for row, (image, truth, guess) in enumerate(zip(images, truths, predictions, strict=True)):
             void = truth == 255
@@ -281,16 +294,19 @@ def segmented(
 
 
 def _measures(history: pd.DataFrame) -> list[str]:
-    """Columns in per cent to draw: accuracies and mIoU, equilibrium before unrolled of each."""
-    wanted = ("top1", "miou", "pixel_accuracy")
+    """The validation columns to draw, at the equilibrium and unrolled."""
     return [
-        name for end in wanted for name in sorted(history) if name.startswith("eval") and name.endswith(end)
+        f"eval/{name}{end}"
+        for name in _MEASURES
+        for end in ("", "_unrolled")
+        if f"eval/{name}{end}" in history
     ]
 
 
-def _label(name: str) -> str:
-    kind = {"top1": "top-1", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}[name.split("/")[-1]]
-    return f"{kind}, unrolled" if "unrolled" in name else kind
+def _label(column: str) -> str:
+    name = column.removeprefix("eval/").removesuffix("_unrolled")
+    kind = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}[name]
+    return f"{kind}, unrolled" if column.endswith("_unrolled") else kind
 
 
 def _curve(axes: Axes, history: pd.DataFrame, column: str, colour: str, label: str) -> None:
@@ -327,7 +343,7 @@ def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[
     axes.set_axis_on()
     axes.barh(place, [1] * len(best), color="#eef0f3", height=0.86)
     axes.barh(
-        place, probabilities[best], color=[GREEN if k == truth else "#e8a0a9" for k in best], height=0.86
+        place, probabilities[best], color=["#86cdae" if k == truth else "#eeb0b8" for k in best], height=0.86
     )
     for where, label in zip(place, best, strict=True):
         axes.text(0.03, where, _short(names[label], 14), va="center", fontsize=7, color=INK)

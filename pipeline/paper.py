@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its place, its measures (printed heading, metric key), the stage that trains it, its rows."""
+    """One table: its place, its measures (printed heading, metric key), the stage that trains, its rows."""
 
     number: int
     section: str
@@ -165,6 +165,6 @@ FIGURE_4B_RELATIVE = {"mdeq": {"time": 2.7, "memory": 0.4}, "resnet101": {"time"
 
 FIGURE_4A = "Figure 4a: test accuracy as a function of training epochs, CIFAR-10 (Sec. 4.1)"
 FIGURE_5 = (
-    "Figure 5: |z[k+1] - z[k]| / |z[k]| as a function of the number of evaluations of f; Broyden (blue) against "
+    "Figure 5: |z[k+1] - z[k]| / |z[k]| by the number of evaluations of f; Broyden (blue) against "
     "iterating f (yellow); standard deviation over 5 random batches (Sec. 4.5)"
 )

@@ -1,0 +1,232 @@
+"""Stage benchmark: time and memory of a training step, relative to one model (Sec. 4.4, Figure 4b).
+
+All models see the same random batch of CIFAR-10's size, run eagerly in float32, and a step is everything:
+forward, backward, optimiser. Steps of all models take turns, so that a machine that slows down slows all of
+them; medians count. Solvers run to their limit, as in training a model that is not yet at ease: at random
+weights an early stop would only flatter them. Memory is measured in a fresh process for each model: what
+torch allocated at most on a GPU, the rise of the process' peak on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mdeq import Implicit, MDEQConfig, Network, Phantom, Prediction, Solution
+from mdeq.baselines import NarrowResNet18, ResNetConfig
+from pipeline import figures, tracking
+from pipeline.machine import Machine
+from pipeline.train_params import BenchmarkModel, BenchmarkParams
+from pipeline.training import Adam, Sgd
+
+CLASSES = 10
+OUT = Path("results/benchmark")
+
+
+def run(params: BenchmarkParams, machine: Machine) -> None:
+    """Measure every model of ``params`` and write ``results/benchmark/``."""
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    OUT.mkdir(parents=True, exist_ok=True)
+    with tracking.start("benchmark", None, params, machine) as tracker, _progress() as progress:
+        names = list(params.models)
+        rounds = params.warm_up + params.rounds
+        task = progress.add_task("benchmark", total=len(names) * (rounds + 1))
+
+        def advance(doing: str) -> None:
+            progress.update(task, advance=1, description=f"benchmark: {doing}")
+
+        memory = {}
+        for name in names:
+            memory[name] = memory_in_fresh_process(params.models[name], params, machine)
+            advance(f"memory of {name}")
+        seconds, facts = measure_time(params, machine, advance)
+        record = _record(params, machine, seconds, memory, facts)
+        (OUT / "runtime.json").write_text(json.dumps(record, indent=2) + "\n")
+        relative = {name: entry["relative"] for name, entry in record["models"].items()}
+        figure = figures.figure4b(relative, params.reference, f"memory ({record['memory']})")
+        for file in ("figure4b.png", "figure4b.svg"):
+            figures.save(figure, OUT / file)
+            tracker.artifact(OUT / file)
+        tracker.artifact(OUT / "runtime.json")
+        tracker.metrics(
+            {f"{measure}/{name}": value for name, own in relative.items() for measure, value in own.items()},
+            step=0,
+        )
+
+
+def build(model: BenchmarkModel, seed: int) -> nn.Module:
+    """The model in training mode, its weights drawn from ``seed``, its solvers set to run to their limit."""
+    torch.manual_seed(seed)
+    if isinstance(model.model, MDEQConfig):
+        assert model.head is not None and model.forward is not None and model.backward is not None
+        forward = replace(model.forward, tolerance=0.0)
+        network: nn.Module = Network(model.model, model.head, CLASSES, forward, _to_the_limit(model.backward))
+    elif isinstance(model.model, ResNetConfig):
+        network = NarrowResNet18(model.model, CLASSES)
+    else:
+        network = _torchvision(model.model.name, model.model.small_input)
+    return network.train()
+
+
+def _to_the_limit(backward: Implicit | Phantom) -> Implicit | Phantom:
+    if isinstance(backward, Phantom):
+        return backward
+    return replace(backward, solver=replace(backward.solver, tolerance=0.0))
+
+
+def _torchvision(name: str, small_input: bool) -> nn.Module:
+    """A torchvision classifier by its name; a ResNet with ``small_input`` keeps 32 x 32 images at full size
+    at first.
+    """
+    from torchvision.models import get_model, resnet
+
+    network = get_model(name, weights=None, num_classes=CLASSES)
+    if small_input and isinstance(network, resnet.ResNet):
+        width = network.conv1.out_channels
+        network.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    return network
+
+
+class Trainee:
+    """A model with its optimiser and batch: each ``step`` is one whole update, finished on the device."""
+
+    def __init__(self, model: BenchmarkModel, params: BenchmarkParams, device: str) -> None:
+        self.network = build(model, params.seed).to(device)
+        self.facts = {"parameters": sum(p.numel() for p in self.network.parameters())}
+        self._optimizer = _optimizer(self.network, model.optimizer)
+        self._images, self._targets = _batch(params, device)
+        self._device = device
+        if isinstance(self.network, Network):
+            self.network.backbone.on_backward = self._note_backward
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        prediction = self.network(self._images)
+        if isinstance(prediction, Prediction) and prediction.equilibrium and prediction.equilibrium.solution:
+            self.facts["forward_evaluations"] = prediction.equilibrium.solution.nfe
+        logits = prediction.logits if isinstance(prediction, Prediction) else prediction
+        self._optimizer.zero_grad(set_to_none=True)
+        cross_entropy(logits, self._targets).backward()
+        self._optimizer.step()
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
+
+    def _note_backward(self, solution: Solution) -> None:
+        self.facts["backward_evaluations"] = solution.nfe
+
+
+def _optimizer(network: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimizer:
+    if isinstance(settings, Adam):
+        return torch.optim.Adam(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        network.parameters(),
+        settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def measure_time(
+    params: BenchmarkParams, machine: Machine, advance: Callable[[str], None]
+) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+    """Seconds of each measured step by model, the models taking turns; and each model's facts."""
+    trainees = {name: Trainee(model, params, machine.device) for name, model in params.models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in trainees}
+    for number in range(params.warm_up + params.rounds):
+        for name, trainee in trainees.items():
+            began = time.perf_counter()
+            trainee.step()
+            if number >= params.warm_up:
+                seconds[name].append(time.perf_counter() - began)
+            advance(f"time of {name}")
+    return seconds, {name: trainee.facts for name, trainee in trainees.items()}
+
+
+def memory_in_fresh_process(model: BenchmarkModel, params: BenchmarkParams, machine: Machine) -> int:
+    """Bytes that two training steps need at most, beyond what torch itself takes."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_bytes, model, params, machine.device, machine.threads).result()
+
+
+def _peak_bytes(model: BenchmarkModel, params: BenchmarkParams, device: str, threads: int | None) -> int:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # the first convolution loads libraries and their buffers, which are no model's
+    small = nn.Conv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8)).sum()
+    small.backward()
+    before = _process_peak()
+    trainee = Trainee(model, params, device)
+    trainee.step()
+    trainee.step()
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return _process_peak() - before
+
+
+def _process_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _batch(params: BenchmarkParams, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(params.seed)
+    images = torch.randn(params.batch, 3, params.image, params.image, generator=generator)
+    targets = torch.randint(0, CLASSES, (params.batch,), generator=generator)
+    return images.to(device), targets.to(device)
+
+
+def _record(
+    params: BenchmarkParams,
+    machine: Machine,
+    seconds: dict[str, list[float]],
+    memory: dict[str, int],
+    facts: dict[str, dict[str, int]],
+) -> dict[str, Any]:
+    """The content of runtime.json."""
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    models = {
+        name: {
+            "seconds": median[name],
+            "seconds_all": seconds[name],
+            "memory_bytes": memory[name],
+            "relative": {
+                "time": median[name] / median[params.reference],
+                "memory": memory[name] / memory[params.reference],
+            },
+            **facts[name],
+        }
+        for name in seconds
+    }
+    on_gpu = machine.device.startswith("cuda")
+    return {
+        "models": models,
+        "memory": "torch.cuda.max_memory_allocated" if on_gpu else "rise of the process' peak RSS",
+        "batch": params.batch,
+        "image": params.image,
+        "rounds": params.rounds,
+        "reference": params.reference,
+        "threads": torch.get_num_threads(),
+        **machine.describe(),
+    }
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

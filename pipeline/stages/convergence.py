@@ -1,0 +1,181 @@
+"""Stage convergence: how solvers approach the equilibrium, by evaluations of f (Sec. 4.5, Figure 5).
+
+Each solver runs on the same random batches for the same number of evaluations, never stopping early. The
+iterates are the arguments of f, so recording them needs nothing of the solver.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from mdeq.model import MDEQ, ForwardSolver, Network
+from mdeq.solvers import Map
+from pipeline import figures, tracking
+from pipeline.data.loading import BatchDataset, Keys
+from pipeline.data.manifest import DataError
+from pipeline.machine import Machine
+from pipeline.params import ConvergenceParams
+from pipeline.trained import load
+
+LEVELS = (1e-1, 1e-2, 1e-3)
+"""Residuals for which the metrics say after how many evaluations their mean was first below."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened at each evaluation of f, (evaluations, B), one column a sample.
+
+    ``change`` is |z[k+1] - z[k]| / |z[k]|, noted at the evaluation of z[k+1] and NaN where there is no z[k]
+    other than 0; ``residual`` is |f(z) - z| / |f(z)|.
+    """
+
+    change: Tensor
+    residual: Tensor
+
+
+class _Recorder:
+    """f, noting the norms of Figure 5 whenever it is called; keeps one iterate."""
+
+    def __init__(self, f: Map) -> None:
+        self._f = f
+        self._last: Tensor | None = None
+        self._changes: list[Tensor] = []
+        self._residuals: list[Tensor] = []
+
+    def __call__(self, z: Tensor) -> Tensor:
+        fz = self._f(z)
+        norm = torch.linalg.vector_norm
+        if self._last is None:
+            self._changes.append(z.new_full((len(z),), torch.nan))
+        else:
+            size = norm(self._last, dim=1)
+            moved = norm(z - self._last, dim=1) / size
+            self._changes.append(torch.where(size > 0, moved, torch.nan))
+        self._residuals.append(norm(fz - z, dim=1) / norm(fz, dim=1))
+        self._last = z.clone()
+        return fz
+
+    def trace(self) -> Trace:
+        return Trace(torch.stack(self._changes), torch.stack(self._residuals))
+
+
+@torch.no_grad()
+def trace(f: Map, z0: Tensor, solver: ForwardSolver, steps: int) -> Trace:
+    """Run ``solver`` from ``z0`` (B, D) for ``steps`` updates, so steps + 1 calls of ``f``, without a stop.
+
+    The calls are fewer only if every sample comes to an exact fixed point or leaves the finite numbers.
+    """
+    recorder = _Recorder(f)
+    replace(solver, steps=steps, tolerance=0.0)(recorder, z0)
+    return recorder.trace()
+
+
+def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
+    """Trace the solvers on ``params.model`` and write ``results/convergence/<dataset>/``."""
+    trained = load(dataset, params.model, machine)
+    if not isinstance(trained.network, Network):
+        raise DataError(
+            f"convergence.{dataset}.model: {params.model} is an explicit model, it has no equilibrium"
+        )
+    out = Path("results/convergence") / dataset
+    out.mkdir(parents=True, exist_ok=True)
+    with tracking.start("convergence", dataset, params, machine) as tracker:
+        began = time.perf_counter()
+        table = measure(
+            trained.network.backbone, trained.split, params, machine.device, f"convergence {dataset}"
+        )
+        values = summarise(table) | {"time/seconds": time.perf_counter() - began}
+        table.to_csv(out / "trace.csv", index=False, float_format="%.6g")
+        title = f"{params.model}, {dataset} ({trained.facts['data/source']} data)"
+        figure = figures.figure5({title: table})
+        for name in ("figure5.png", "figure5.svg"):
+            figures.save(figure, out / name)
+            tracker.artifact(out / name)
+        facts = {"model": params.model, "batches": params.batches, "batch": params.batch, "seed": params.seed}
+        record = values | facts | trained.facts
+        (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        tracker.metrics(values, step=0)
+        _log_curves(table, tracker)
+
+
+def measure(
+    backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, device: str, label: str
+) -> pd.DataFrame:
+    """The tidy table of trace.csv: solver, batch, evaluation, change, residual."""
+    drawn = _random_batches(split, params.batches, params.batch, params.seed)
+    parts = []
+    for number, images in enumerate(track(drawn, total=params.batches, description=label)):
+        with torch.no_grad():
+            f, z0, _ = backbone.fixed_point_problem(images.to(device))
+        for solver in params.solvers:
+            parts.append(_rows(trace(f, z0, solver, params.steps), solver.kind, number))
+    return pd.concat(parts, ignore_index=True)
+
+
+def summarise(table: pd.DataFrame) -> dict[str, float]:
+    """Of each solver: change and residual at the last evaluation, mean and deviation over the batches.
+
+    With them the smallest residual of the mean curve, and after how many evaluations that curve first fell to
+    each of ``LEVELS``; a level it never reached is left out.
+    """
+    values: dict[str, float] = {}
+    for solver, own in table.groupby("solver", sort=False):
+        last = own[own["evaluation"] == own["evaluation"].max()]
+        for measure in ("change", "residual"):
+            values[f"{solver}/{measure}"] = float(last[measure].mean())
+            values[f"{solver}/{measure}_std"] = float(last[measure].std(ddof=0))
+        curve = own.groupby("evaluation")["residual"].mean()
+        values[f"{solver}/residual_smallest"] = float(curve.min())
+        values[f"{solver}/evaluations"] = float(own["evaluation"].max())
+        for level in LEVELS:
+            reached = curve.index[curve <= level]
+            if len(reached):
+                values[f"{solver}/evaluations_to_{level:g}"] = float(reached[0])
+    return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
+def _log_curves(table: pd.DataFrame, tracker: tracking.Tracker) -> None:
+    for (solver, evaluation), row in (
+        table.groupby(["solver", "evaluation"])[["change", "residual"]].mean().iterrows()
+    ):
+        tracker.metrics(
+            {f"solver/{solver}_{name}": row[name] for name in row[row.notna()].index}, step=evaluation
+        )
+
+
+def _random_batches(split: BatchDataset, count: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Images of ``count`` random batches without a sample twice; a function of the seed."""
+    if count * batch > len(split):
+        raise DataError(
+            f"convergence: {count} batches of {batch} need more samples than the split's {len(split)}"
+        )
+    order = np.random.default_rng(seed).permutation(len(split))
+    for number in range(count):
+        yield split[Keys(0, order[number * batch : (number + 1) * batch].tolist())][0]
+
+
+def _rows(traced: Trace, solver: str, batch: int) -> pd.DataFrame:
+    """Tidy rows of one solve: means over the samples that are finite."""
+    change, residual = (
+        pd.DataFrame(values.double().cpu().numpy()).replace([np.inf, -np.inf], np.nan).mean(axis=1)
+        for values in (traced.change, traced.residual)
+    )
+    return pd.DataFrame(
+        {
+            "solver": solver,
+            "batch": batch,
+            "evaluation": np.arange(1, len(change) + 1),
+            "change": change,
+            "residual": residual,
+        }
+    )

@@ -1,0 +1,118 @@
+"""A trained model together with the evaluation split it is judged on: what `evaluate` and `convergence` begin
+with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline import checkpoints
+from pipeline.data import cifar10, cityscapes, imagenet
+from pipeline.data.loading import BatchDataset, Keys
+from pipeline.data.manifest import DataError, data_root
+from pipeline.machine import Machine
+
+STAGES = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
+"""The stage that trains on each set."""
+
+
+@dataclass(frozen=True)
+class First:
+    """The first ``count`` samples of a split."""
+
+    whole: BatchDataset
+    count: int
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of the whole."""
+        return self.whole.classes
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return min(self.count, len(self.whole))
+
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
+        """The batch that the whole gives."""
+        return self.whole[keys]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode on its device, and its evaluation split.
+
+    ``facts`` are strings and numbers to record beside every result: the data's source, the training run, the
+    device.
+    """
+
+    network: nn.Module
+    split: BatchDataset
+    names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    facts: dict[str, str | int]
+
+    def picture(self, image: Tensor) -> np.ndarray:
+        """The photo (H, W, 3) in 0..1 that the normalised ``image`` (3, H, W) was made from."""
+        pixels = image.permute(1, 2, 0).numpy() * np.array(self.std) + np.array(self.mean)
+        return np.clip(pixels, 0, 1)
+
+
+def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -> Trained:
+    """Load ``results/<stage>/<model>/model.pt`` and the set's evaluation split, at the size it was trained
+    for.
+
+    Args:
+        limit: Keep only the first samples of the split.
+
+    Raises:
+        DataError: The manifest or the model is missing, or the model knows another number of classes.
+    """
+    weights = Path("results") / STAGES[dataset] / model / "model.pt"
+    if not weights.is_file():
+        raise DataError(f"{weights}: no such file; run `python -m pipeline {STAGES[dataset]} {model}` first")
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    network, architecture, meta = checkpoints.load_model(weights, machine.device)
+    summary = _summary(dataset)
+    split, names, (mean, std) = _open(dataset, data_root(dataset, summary["source"], machine), meta["params"])
+    if split.classes != architecture.classes:
+        raise DataError(
+            f"{weights}: trained for {architecture.classes} classes, but the data have {split.classes}; "
+            f"train it again: `python -m pipeline {STAGES[dataset]} {model}`"
+        )
+    split = split if limit is None else First(split, limit)
+    facts: dict[str, str | int] = {"data/source": str(summary["source"]), "samples": len(split)}
+    return Trained(network, split, names, mean, std, facts | machine.describe())
+
+
+def _summary(dataset: str) -> dict[str, Any]:
+    path = Path("results/data") / dataset / "summary.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); run `python -m pipeline prepare {dataset}` first"
+        ) from None
+
+
+def _open(dataset: str, root: Path, params: dict[str, Any]) -> tuple[BatchDataset, tuple[str, ...], Any]:
+    manifest = Path("results/data") / dataset / "manifest.csv"
+    if dataset == "cifar10":
+        split = cifar10.open_cifar10(root, manifest, "test", augment=False, seed=0)
+        return split, cifar10.CLASSES, (cifar10.MEAN, cifar10.STD)
+    if dataset == "imagenet":
+        photos = imagenet.open_imagenet(root, manifest, "val", size=params["image"], augment=False, seed=0)
+        return photos, tuple(photos.class_names), (imagenet.MEAN, imagenet.STD)
+    size = params["test_size"]
+    scenes = cityscapes.open_cityscapes(
+        root, manifest, "val", test_size=tuple(size) if size else None, augment=False, seed=0
+    )
+    return scenes, cityscapes.class_names(), (cityscapes.MEAN, cityscapes.STD)
