@@ -146,29 +146,9 @@ class EvaluateParams(Section):
     examples: int = Field(default=8, ge=1, le=64, description="predictions shown beside the truth")
 
 
-class ConvergenceParams(Section):
-    """Figure 5: how fast the solvers find a trained model's equilibrium."""
-
-    model: Name = Field(description="a model of the stage that trains on this set")
-    batch: int = Field(ge=1, description="samples a batch")
-    batches: int = Field(default=5, ge=2, description="random batches; mean and standard deviation are over them")
-    steps: int = Field(ge=1, description="updates of each solver: one evaluation of f less")
-    seed: int = Field(default=0, ge=0, description="which batches")
-
-
-class BenchmarkParams(Section):
-    """Figure 4b: time and memory of a training step, relative to ResNet-101."""
-
-    batch: int = Field(ge=1, description="images a step; the paper: 32")
-    image: int = Field(default=32, ge=8, description="height and width of the images")
-    rounds: int = Field(ge=1, description="measured steps of each model, interleaved; their median counts")
-    warm_up: int = Field(default=1, ge=0, description="steps before measuring")
-    seed: int = Field(default=0, ge=0, description="of weights and images")
-
-
 PREPARE = {"cifar10": PrepareCifar10, "imagenet": PrepareImageNet, "cityscapes": PrepareCityscapes}
 TRAINED_BY = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
-TRAINING = tuple(TRAINED_BY.values())
+SOLVING = (*TRAINED_BY.values(), "convergence", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -244,13 +224,13 @@ def schema() -> str:
 
 
 def _section_type(stage: str, instance: str | None) -> type[Section]:
-    if stage in TRAINING:
+    if stage in SOLVING:
         from pipeline import train_params
 
         return train_params.BY_STAGE[stage]
     if stage == "prepare":
         return PREPARE[instance or ""]
-    return {"evaluate": EvaluateParams, "convergence": ConvergenceParams, "benchmark": BenchmarkParams}[stage]
+    return EvaluateParams
 
 
 def _read(path: Path) -> Any:
@@ -383,7 +363,11 @@ def _digest(path: Path) -> str:
 
 def __getattr__(name: str) -> Any:
     """`TrainParams` and its kin, from `train_params` when first asked for: they need torch."""
-    if name in {"TrainParams", "ClassifyParams", "PretrainParams", "FinetuneParams"}:
+    if name in {"TrainParams", "ClassifyParams", "PretrainParams", "FinetuneParams"} | {
+        "ConvergenceParams",
+        "BenchmarkParams",
+        "BenchmarkModel",
+    }:
         from pipeline import train_params
 
         return getattr(train_params, name)

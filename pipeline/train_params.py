@@ -1,4 +1,4 @@
-"""The params of the stages that train, and the whole params file. Apart from `params` because they need torch.
+"""The params of the stages that solve for equilibria, and the whole params file. Apart from `params` because they need torch.
 
 The library's dataclasses are fields as they are, so a setting exists once; `Ranges` adds what their numbers may be.
 """
@@ -24,8 +24,6 @@ from mdeq import (
 from mdeq.baselines import ResNetConfig
 from pipeline.params import (
     TRAINED_BY,
-    BenchmarkParams,
-    ConvergenceParams,
     EvaluateParams,
     Name,
     PrepareCifar10,
@@ -34,7 +32,7 @@ from pipeline.params import (
     Ranges,
     Section,
 )
-from pipeline.training import Adam, Sgd
+from pipeline.training import Adam, JacobianTerm, Sgd, WarmUp
 
 
 Positive = Field(gt=0)
@@ -76,21 +74,11 @@ OptimizerParams = Annotated[
     | Annotated[Sgd, Ranges(lr=Positive, weight_decay=_Decay, momentum=Field(ge=0, lt=1))],
     Field(discriminator="kind"),
 ]
+WarmUpParams = Annotated[WarmUp, Ranges(layers=Natural, steps=Field(ge=0), softplus=Positive)]
+JacobianParams = Annotated[
+    JacobianTerm, Ranges(weight=_Decay, probability=Field(ge=0, le=1), probes=Natural)
+]
 Size = Annotated[tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")]
-
-
-class WarmUp(Section):
-    """The first `steps` updates apply f `layers` times and back-propagate through them, instead of solving."""
-
-    layers: int = Field(ge=1)
-    steps: int = Field(ge=0, description="must be fewer than the run's updates; 0: no warm-up")
-
-
-class Jacobian(Section):
-    """The Jacobian regularisation of Bai, Koltun and Kolter (ICML 2021)."""
-
-    weight: float = Field(ge=0)
-    probability: float = Field(ge=0, le=1, description="of an update to be regularised")
 
 
 class Loss(Section):
@@ -100,6 +88,22 @@ class Loss(Section):
     ohem: bool = Field(default=False, description="online hard example mining")
 
 
+def _check_parts(entry: TrainParams | BenchmarkModel) -> None:
+    """An equilibrium model needs all its parts, and an explicit one has no use for them."""
+    parts = [name for name in ("head", "forward", "backward", "warm_up") if name in type(entry).model_fields]
+    if isinstance(entry.model, MDEQConfig):
+        for name in parts:
+            if getattr(entry, name) is None:
+                raise ValueError(f"{name}: must not be null; an mdeq needs it")
+        scales = len(entry.model.channels)
+        if isinstance(entry.head, ClassificationHeadConfig) and len(entry.head.channels) != scales:
+            raise ValueError(f"head.channels: must have {scales} numbers, one a scale of model.channels")
+        return
+    for name in (*parts, "jacobian"):
+        if getattr(entry, name, None) is not None:
+            raise ValueError(f"{name}: must be null; a {entry.model.kind} has no equilibrium to find")
+
+
 class TrainParams(Section):
     """What every training has."""
 
@@ -107,8 +111,8 @@ class TrainParams(Section):
     head: ClassificationHeadParams | SegmentationHeadParams | None
     forward: ForwardParams | None = Field(description="finds the equilibrium")
     backward: BackwardParams | None = Field(description="differentiates it")
-    warm_up: WarmUp | None
-    jacobian: Jacobian | None = None
+    warm_up: WarmUpParams | None
+    jacobian: JacobianParams | None = None
     optimizer: OptimizerParams
     batch: int = Field(ge=1, description="samples an update, over all devices")
     epochs: int = Field(ge=1)
@@ -121,18 +125,7 @@ class TrainParams(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> TrainParams:
-        needed = ("head", "forward", "backward", "warm_up")
-        if isinstance(self.model, MDEQConfig):
-            for name in needed:
-                if getattr(self, name) is None:
-                    raise ValueError(f"{name}: must not be null; an mdeq needs it")
-            scales = len(self.model.channels)
-            if isinstance(self.head, ClassificationHeadConfig) and len(self.head.channels) != scales:
-                raise ValueError(f"head.channels: must have {scales} numbers, one a scale of model.channels")
-        else:
-            for name in (*needed, "jacobian"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: must be null; a {self.model.kind} has no equilibrium to find")
+        _check_parts(self)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: must differ from each other, not {self.seeds}")
         return self
@@ -164,10 +157,71 @@ class FinetuneParams(TrainParams):
     backbone: Name | None = Field(description="a model of `pretrain` to start from; null: from scratch")
 
 
-BY_STAGE: dict[str, type[TrainParams]] = {
+class ConvergenceParams(Section):
+    """Figure 5: how fast solvers find a trained model's equilibrium."""
+
+    model: Name = Field(description="a model of the stage that trains on this set")
+    batch: int = Field(ge=1, description="samples a batch")
+    batches: int = Field(ge=2, description="random batches; mean and standard deviation are over them")
+    steps: int = Field(ge=1, description="updates of each solver, whatever its own limit; one evaluation of f more")
+    solvers: Annotated[tuple[ForwardParams, ...], Field(min_length=1)]
+    seed: int = Field(default=0, ge=0, description="which batches")
+
+    @model_validator(mode="after")
+    def _one_of_a_kind(self) -> ConvergenceParams:
+        kinds = [solver.kind for solver in self.solvers]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"solvers: must be of different kinds, not {', '.join(kinds)}")
+        return self
+
+
+class Torchvision(Section):
+    """A classifier of torchvision, by its name there."""
+
+    kind: Literal["torchvision"]
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="such as resnet101")
+    small_input: bool = Field(default=False, description="a ResNet's first stage without stride, for 32 x 32 images")
+
+
+class BenchmarkModel(Section):
+    """A model to be measured, and how it is trained."""
+
+    model: MDEQParams | ResNetParams | Torchvision = Field(discriminator="kind")
+    head: ClassificationHeadParams | None = None
+    forward: ForwardParams | None = None
+    backward: BackwardParams | None = None
+    optimizer: OptimizerParams
+
+    @model_validator(mode="after")
+    def _whole(self) -> BenchmarkModel:
+        _check_parts(self)
+        return self
+
+
+class BenchmarkParams(Section):
+    """Figure 4b: time and memory of a training step, relative to a reference model."""
+
+    models: Annotated[dict[Name, BenchmarkModel], Field(min_length=1)]
+    reference: Name = Field(description="the model of `models` that is 1")
+    batch: int = Field(ge=1, description="images a step; the paper: 32")
+    image: int = Field(ge=8, description="height and width of the images; the paper: 32")
+    rounds: int = Field(ge=1, description="measured steps of each model, interleaved; their median counts")
+    warm_up: int = Field(ge=0, description="steps of each before measuring")
+    seed: int = Field(default=0, ge=0, description="of weights and images")
+
+    @model_validator(mode="after")
+    def _relative_to_something(self) -> BenchmarkParams:
+        if self.reference not in self.models:
+            raise ValueError(f"reference: must be one of models ({', '.join(self.models)}), not {self.reference!r}")
+        return self
+
+
+BY_STAGE: dict[str, type[Section]] = {
     "classify": ClassifyParams,
     "pretrain": PretrainParams,
     "finetune": FinetuneParams,
+    "convergence": ConvergenceParams,
+    "benchmark": BenchmarkParams,
 }
 
 

@@ -1,0 +1,288 @@
+"""The command line: one command a stage. Imports a stage only when it runs, so that --help is instant.
+
+Exit codes: 0 done, 2 wrong params, data or usage (one line says what), 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.machine import Machine
+
+EPILOG = """\
+Environment: MDEQ_DATA_CIFAR10, MDEQ_DATA_IMAGENET, MDEQ_DATA_CITYSCAPES (where a set's files lie),
+MDEQ_DEVICE, MDEQ_WORKERS, MDEQ_THREADS (torch's CPU threads), MDEQ_TRACKING=off (no MLflow),
+MLFLOW_TRACKING_URI (default: mlflow.db here), MLFLOW_EXPERIMENT_NAME (default: mdeq).
+
+Exit codes: 0 done, 2 wrong params, data or usage, 130 interrupted; the same command then goes on where it was.
+"""
+
+app = typer.Typer(
+    name="pipeline",
+    help="Multiscale deep equilibrium models: the paper as a pipeline. `dvc repro` runs what is not up to date; each "
+    "command below is one of its stages, usable alone.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+
+
+class DataSet(enum.StrEnum):
+    """The three data sets."""
+
+    cifar10 = "cifar10"
+    imagenet = "imagenet"
+    cityscapes = "cityscapes"
+
+
+Set = Annotated[DataSet, typer.Argument(help="The data set.")]
+Model = Annotated[str, typer.Argument(help="A model of this stage's section in params.yaml.", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:N or mps; else MDEQ_DEVICE, else a GPU if there is one.", show_default=False),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Loader processes; else MDEQ_WORKERS, else 0.", show_default=False)
+]
+Params = Annotated[Path, typer.Option("--params", help="The params file.", dir_okay=False)]
+PARAMS = Path("params.yaml")
+
+
+@app.command(rich_help_panel="Stages")
+def prepare(dataset: Set, workers: Workers = None, params: Params = PARAMS) -> None:
+    """Bring a set into place (drawn, yours, or downloaded), verify it, write its manifest and a contact sheet.
+
+    Example: `MDEQ_DATA_CIFAR10=~/data python -m pipeline prepare cifar10` with `source: folder` in params.yaml.
+    """
+    with _reported():
+        section, machine = _begin("prepare", dataset.value, "cpu", workers, params)
+        from pipeline.stages import prepare as stage
+
+        stage.run(dataset.value, section, machine)
+
+
+@app.command(rich_help_panel="Stages")
+def classify(model: Model, device: Device = None, workers: Workers = None, params: Params = PARAMS) -> None:
+    """Train a model on CIFAR-10 (Table 1). Interrupted, the same command goes on.
+
+    Example: `python -m pipeline classify mdeq-small --device cuda`
+    """
+    with _reported():
+        section, machine = _begin("classify", model, device, workers, params)
+        from pipeline.stages import classify as stage
+
+        stage.run(model, section, machine)
+
+
+@app.command(rich_help_panel="Stages")
+def pretrain(model: Model, device: Device = None, workers: Workers = None, params: Params = PARAMS) -> None:
+    """Train a model on ImageNet (Table 2). Interrupted, the same command goes on.
+
+    Example: `torchrun --nproc-per-node 4 -m pipeline pretrain mdeq-small`
+    """
+    with _reported():
+        section, machine = _begin("pretrain", model, device, workers, params)
+        from pipeline.stages import pretrain as stage
+
+        stage.run(model, section, machine)
+
+
+@app.command(rich_help_panel="Stages")
+def finetune(model: Model, device: Device = None, workers: Workers = None, params: Params = PARAMS) -> None:
+    """Train a model on Cityscapes, from its backbone of `pretrain` or from scratch (Table 3).
+
+    Example: `python -m pipeline finetune mdeq-small`
+    """
+    with _reported():
+        section, machine = _begin("finetune", model, device, workers, params)
+        from pipeline.stages import finetune as stage
+
+        stage.run(model, section, machine)
+
+
+@app.command(rich_help_panel="Stages")
+def evaluate(
+    dataset: Set,
+    model: Annotated[str, typer.Argument(help="A model trained on that set.", show_default=False)],
+    device: Device = None,
+    workers: Workers = None,
+    params: Params = PARAMS,
+) -> None:
+    """Judge a trained model by the official measures, with the solver's statistics, and draw its predictions.
+
+    Example: `python -m pipeline evaluate cityscapes mdeq-small`
+    """
+    with _reported():
+        section, machine = _begin("evaluate", dataset.value, device, workers, params)
+        from pipeline.stages import evaluate as stage
+
+        stage.run(dataset.value, model, section, machine)
+
+
+@app.command(rich_help_panel="Stages")
+def convergence(dataset: Set, device: Device = None, workers: Workers = None, params: Params = PARAMS) -> None:
+    """How fast Broyden's method and plain iteration find the equilibria of a trained model (Figure 5).
+
+    Example: `python -m pipeline convergence cifar10`
+    """
+    with _reported():
+        section, machine = _begin("convergence", dataset.value, device, workers, params)
+        from pipeline.stages import convergence as stage
+
+        stage.run(dataset.value, section, machine)
+
+
+@app.command(rich_help_panel="Stages")
+def benchmark(device: Device = None, params: Params = PARAMS) -> None:
+    """Time and memory of a training step, relative to ResNet-101 (Figure 4b).
+
+    Example: `python -m pipeline benchmark --device cuda`
+    """
+    with _reported():
+        section, machine = _begin("benchmark", None, device, None, params)
+        from pipeline.stages import benchmark as stage
+
+        stage.run(section, machine)
+
+
+@app.command(rich_help_panel="Stages")
+def machine() -> None:
+    """Write what decides how fast this machine is to results/machine.json; the benchmark depends on it."""
+    with _reported():
+        from pipeline.machine import Machine, write_fingerprint
+
+        write_fingerprint(Machine.from_environment(device="cpu"), Path("results/machine.json"))
+
+
+@app.command(rich_help_panel="Stages")
+def report() -> None:
+    """Make the report from what the other stages wrote: results/report/index.html."""
+    with _reported():
+        from pipeline.machine import Machine
+        from pipeline.stages import report as stage
+
+        stage.run(Machine.from_environment(device="cpu"))
+
+
+@app.command(rich_help_panel="Around them")
+def show() -> None:
+    """Print the results table of the last report, and where to look further."""
+    table = Path("results/report/results.md")
+    if not table.is_file():
+        _fail(f"{table}: no report yet; `make repro` or `dvc repro` makes it")
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print(Markdown(table.read_text(encoding="utf-8")))
+    console.print(f"\nReport:  {table.with_name('index.html').resolve()}", soft_wrap=True, highlight=False)
+    console.print("Runs:    make ui   (MLflow, on http://127.0.0.1:5000)", highlight=False)
+
+
+@app.command(rich_help_panel="Around them")
+def check(params: Params = PARAMS) -> None:
+    """Say everything that is wrong with the params file.
+
+    Example: `python -m pipeline check --params params/paper.yaml`
+    """
+    with _reported():
+        from pipeline import params as params_module
+        from pipeline.machine import Machine
+
+        params_module.check(params, _stamp(Machine.from_environment(device="cpu")))
+        typer.echo(f"{params}: all right")
+
+
+@app.command(rich_help_panel="Around them")
+def schema() -> None:
+    """Write params.schema.json, by which editors check params.yaml."""
+    from pipeline import params as params_module
+
+    Path(params_module.SCHEMA).write_text(params_module.schema(), encoding="utf-8")
+
+
+@app.command(rich_help_panel="Around them")
+def difficulty(dataset: Set, device: Device = None, workers: Workers = None) -> None:
+    """Show that a generated set is neither noise nor a gift: simple baselines against a trained network.
+
+    Example: `python -m pipeline difficulty cifar10`
+    """
+    with _reported():
+        from pipeline.data import difficulty as measure
+        from pipeline.machine import Machine
+
+        measure.run(dataset.value, Machine.from_environment(device, workers))
+
+
+@app.command(rich_help_panel="Around them")
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 5000) -> None:
+    """Show the recorded runs in the browser (MLflow), for this machine alone."""
+    with _reported():
+        from pipeline import tracking
+        from pipeline.machine import Machine
+
+        machine = Machine.from_environment(device="cpu")
+        if machine.tracking_uri is None:
+            _fail("MDEQ_TRACKING=off: there are no runs to show")
+        raise typer.Exit(tracking.serve(machine, port))
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run is closed as killed
+    app()
+
+
+def _begin(stage: str, instance: str | None, device: str | None, workers: int | None, path: Path) -> tuple:
+    """The stage's own params, after the whole file was found right, and the machine."""
+    from pipeline import params
+    from pipeline.machine import Machine
+
+    machine = Machine.from_environment("cpu" if stage == "prepare" else device, workers)
+    params.check(path, _stamp(machine))
+    return params.load(stage, instance, path), machine
+
+
+def _stamp(machine: Machine) -> Path:
+    return machine.root / "work" / ".params-checked"
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turns what a user can mend into one line and exit code 2; a defect keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+    except _mendable() as error:
+        _fail(str(error))
+
+
+def _mendable() -> tuple[type[BaseException], ...]:
+    """The errors a user can mend, of the modules that were imported: no other can have been raised."""
+    known = {
+        "pipeline.params": "ParamsError",
+        "pipeline.machine": "MachineError",
+        "pipeline.data.manifest": "DataError",
+        "pipeline.checkpoints": "CheckpointError",
+        "pipeline.training": "TrainingError",
+    }
+    return tuple(getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)
