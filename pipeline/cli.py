@@ -23,19 +23,20 @@ Environment: MDEQ_DATA_CIFAR10, MDEQ_DATA_IMAGENET, MDEQ_DATA_CITYSCAPES (where 
 MDEQ_DEVICE, MDEQ_WORKERS, MDEQ_THREADS (torch's CPU threads), MDEQ_TRACKING=off (no MLflow),
 MLFLOW_TRACKING_URI (default: mlflow.db here), MLFLOW_EXPERIMENT_NAME (default: mdeq).
 
-Exit codes: 0 done, 2 wrong params, data or usage, 130 interrupted; the same command then goes on where it was.
+Exit codes: 0 done, 2 wrong params, data or usage, 130 interrupted;
+the same command then goes on where it was.
 """
 
 app = typer.Typer(
     name="pipeline",
-    help="Multiscale deep equilibrium models: the paper as a pipeline. `dvc repro` runs what is not up to date; each "
-    "command below is one of its stages, usable alone.",
+    help="Multiscale deep equilibrium models: the paper as a pipeline. `dvc repro` runs what is not up to "
+    "date; each command below is one of its stages, usable alone.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -48,10 +49,14 @@ class DataSet(enum.StrEnum):
 
 
 Set = Annotated[DataSet, typer.Argument(help="The data set.")]
-Model = Annotated[str, typer.Argument(help="A model of this stage's section in params.yaml.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="A model of this stage's section in params.yaml.", show_default=False)
+]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:N or mps; else MDEQ_DEVICE, else a GPU if there is one.", show_default=False),
+    typer.Option(
+        help="cpu, cuda, cuda:N or mps; else MDEQ_DEVICE, else a GPU if there is one.", show_default=False
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Loader processes; else MDEQ_WORKERS, else 0.", show_default=False)
@@ -62,9 +67,9 @@ PARAMS = Path("params.yaml")
 
 @app.command(rich_help_panel="Stages")
 def prepare(dataset: Set, workers: Workers = None, params: Params = PARAMS) -> None:
-    """Bring a set into place (drawn, yours, or downloaded), verify it, write its manifest and a contact sheet.
+    """Bring a set into place (drawn, yours, or downloaded), verify it, write its manifest and pictures.
 
-    Example: `MDEQ_DATA_CIFAR10=~/data python -m pipeline prepare cifar10` with `source: folder` in params.yaml.
+    Example: `MDEQ_DATA_CIFAR10=~/data python -m pipeline prepare cifar10` with `source: folder`.
     """
     with _reported():
         section, machine = _begin("prepare", dataset.value, "cpu", workers, params)
@@ -132,7 +137,9 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Stages")
-def convergence(dataset: Set, device: Device = None, workers: Workers = None, params: Params = PARAMS) -> None:
+def convergence(
+    dataset: Set, device: Device = None, workers: Workers = None, params: Params = PARAMS
+) -> None:
     """How fast Broyden's method and plain iteration find the equilibria of a trained model (Figure 5).
 
     Example: `python -m pipeline convergence cifar10`
@@ -280,7 +287,9 @@ def _mendable() -> tuple[type[BaseException], ...]:
         "pipeline.checkpoints": "CheckpointError",
         "pipeline.training": "TrainingError",
     }
-    return tuple(getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules)
+    return tuple(
+        getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules
+    )
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """What belongs to the machine and not to the experiment: device, workers, data roots, tracking server.
 
-None of it is a param: the same params on another machine are the same experiment. It comes from the command line or
-the environment, and is recorded beside every metric by `Machine.describe`.
+None of it is a param: the same params on another machine are the same experiment. It comes from the
+command line or the environment, and is recorded beside every metric by `Machine.describe`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Machine:
     """Where a stage runs.
 
     Attributes:
-        root: The repository: `data/`, `work/` and the MLflow store live below it. Results do not: they are relative to
-            the working directory, which DVC moves for a queued experiment.
+        root: The repository: `data/`, `work/` and the MLflow store live below it. Results do not: they are
+            relative to the working directory, which DVC moves for a queued experiment.
         device: A torch device, checked to exist: cpu, cuda, cuda:0, mps.
         workers: Loader processes; 0 loads in the training process.
         threads: torch's CPU threads; None leaves torch's own choice.
@@ -48,10 +48,10 @@ class Machine:
     def from_environment(
         cls, device: str | None = None, workers: int | None = None, environ: Mapping[str, str] = os.environ
     ) -> Machine:
-        """The machine as options and environment describe it. An option wins; `device="cpu"` spares torch's import.
+        """The machine as options (which win) and environment say; `device="cpu"` spares torch's import.
 
         Raises:
-            MachineError: For a device that is not there, a number that is none, or a data root that does not exist.
+            MachineError: A device is not there, a number is none, or a data root does not exist.
         """
         root = Path(environ.get("DVC_ROOT") or Path.cwd()).resolve()
         threads = _number(environ, "MDEQ_THREADS", least=1)
@@ -67,7 +67,7 @@ class Machine:
         )
 
     def describe(self) -> dict[str, str | int]:
-        """Flat facts to record beside a metric: device, cores, versions, commit. Imports torch for a GPU's name only."""
+        """Flat facts to record beside a metric: device, cores, versions, commit."""
         facts: dict[str, str | int] = {
             "device": _device_name(self.device),
             "cores": os.cpu_count() or 1,
@@ -78,7 +78,7 @@ class Machine:
         return facts | versions()
 
     def fingerprint(self) -> dict[str, str | int]:
-        """What decides how fast this machine trains: `benchmark` depends on it. Without torch, the same every time."""
+        """What decides how fast this machine trains; `benchmark` depends on it. Needs no torch."""
         return {
             "cpu": _cpu_name(),
             "cores": os.cpu_count() or 1,
@@ -108,8 +108,12 @@ def commit(root: Path) -> str:
     """The checkout's git commit, with `+` when files differ from it; "none" without git."""
     git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return head + "+" * bool(changed.stdout.strip())
@@ -135,7 +139,9 @@ def _device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError:
         raise MachineError(f"device {name!r}: must be auto, cpu, cuda, cuda:<number> or mps") from None
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+    if device.type == "cuda" and not (
+        torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    ):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise MachineError(f"device {name!r}: torch sees {found} CUDA devices here; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -173,7 +179,10 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _gpu_names() -> list[str]:

@@ -1,6 +1,6 @@
-"""params.yaml -> typed, checked params. One section a stage instance: `load` hands a stage its own and nothing else.
+"""params.yaml -> typed, checked params. `load` hands a stage instance its own section and nothing else.
 
-The only module that opens params.yaml. What needs torch to be described (the models, their solvers and training) is in
+The only module that opens params.yaml. What needs torch to be described (models, solvers, training) is in
 `train_params` and imported when such a section is read, so that a stage that does not train starts at once.
 """
 
@@ -50,8 +50,8 @@ class Section(BaseModel):
 class Ranges:
     """Annotates a plain dataclass as a params field: `Annotated[Broyden, Ranges(steps=Field(ge=1))]`.
 
-    A field named here takes the range (or the type with ranges); all others are as the dataclass declares them. Errors
-    then name the key, and the JSON schema knows the range; the value is the dataclass itself.
+    A field named here takes the range (or the type with ranges); all others are as the dataclass declares
+    them. Errors then name the key, and the JSON schema knows the range; the value is the dataclass itself.
     """
 
     def __init__(self, **ranges: Any) -> None:
@@ -141,8 +141,12 @@ class EvaluateParams(Section):
     """How trained models are judged."""
 
     batch: int = Field(ge=1, description="samples at once; a prediction never depends on its neighbours")
-    steps: int | None = Field(default=None, ge=1, description="the forward solver's limit; null: the one trained with")
-    limit: int | None = Field(default=None, ge=1, description="only the first samples of the split; null: all")
+    steps: int | None = Field(
+        default=None, ge=1, description="the forward solver's limit; null: the one trained with"
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="only the first samples of the split; null: all"
+    )
     examples: int = Field(default=8, ge=1, le=64, description="predictions shown beside the truth")
 
 
@@ -176,7 +180,7 @@ STAGES = {
 
 
 def load(stage: str, instance: str | None = None, path: str | Path = FILE) -> Section:
-    """The params of a stage instance: `load("classify", "mdeq-small")`, `load("benchmark")`. Reads that section alone.
+    """The params of a stage instance: `load("classify", "mdeq-small")`, `load("benchmark")`.
 
     Raises:
         ParamsError: The section is missing or wrong.
@@ -238,7 +242,9 @@ def _read(path: Path) -> Any:
         data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         data = json.loads(json.dumps(data, default=str))  # as JSON has it: text for keys, no loops
     except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run from the repository's root or name one with --params") from None
+        raise ParamsError(
+            f"{path}: no such file; run from the repository's root or name one with --params"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: cannot be read: {error}".replace("\n", " ")) from None
     except MarkedYAMLError as error:
@@ -257,7 +263,9 @@ def _validate(kind: type[Section], data: Any, path: Path, keys: tuple[str, ...])
         return kind.model_validate_json(json.dumps(data))
     except ValidationError as error:
         document = kind.model_json_schema()
-        lines = dict.fromkeys(_line(details, data, document, keys) for details in error.errors(include_url=False))
+        lines = dict.fromkeys(
+            _line(details, data, document, keys) for details in error.errors(include_url=False)
+        )
         raise ParamsError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
@@ -278,7 +286,8 @@ def _line(error: ErrorDetails, data: Any, document: dict[str, Any], keys: tuple[
             where, what = (*where, "kind"), f"is missing; one of {_expected(document, data, where)}"
         case "union_tag_invalid":
             where = (*where, "kind")
-            what = f"must be one of {error.get('ctx', {}).get('expected_tags')}, not {error.get('ctx', {}).get('tag')!r}"
+            tags = error.get("ctx", {})
+            what = f"must be one of {tags.get('expected_tags')}, not {tags.get('tag')!r}"
         case "value_error":
             field, colon, rest = what.partition(": ")
             if colon and field.replace(".", "").isidentifier():
@@ -329,7 +338,9 @@ def _expected(document: dict[str, Any], data: Any, where: tuple[int | str, ...])
         data = data[part]
         node = _follow(document, _inner(node, part), data)
     choices = [last := _inner(node, where[-1]), *last.get("anyOf", [])]
-    return ", ".join(repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {}))
+    return ", ".join(
+        repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {})
+    )
 
 
 def _inner(node: dict[str, Any], part: int | str) -> dict[str, Any]:
@@ -354,7 +365,12 @@ def _follow(document: dict[str, Any], node: dict[str, Any], data: Any) -> dict[s
 def _digest(path: Path) -> str:
     """Of the file and of the code that decides what is right."""
     here = Path(__file__).parent
-    files = [path, *sorted(here.glob("*params.py")), here / "training.py", *sorted((here.parent / "mdeq").glob("*.py"))]
+    files = [
+        path,
+        *sorted(here.glob("*params.py")),
+        here / "training.py",
+        *sorted((here.parent / "mdeq").glob("*.py")),
+    ]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes() + b"\0")

@@ -1,7 +1,7 @@
-"""MLflow behind one small class. Tracking never stops a stage: the first failure warns, and the stage goes on.
+"""MLflow behind one small class. Tracking never stops a stage: its first failure warns, the stage goes on.
 
-Metrics are buffered and sent in batches. A resumed run (`run_id`) keeps its params and takes only the steps that it
-lacks, so a stage that repeats steps after a crash records each of them once.
+Metrics are buffered and sent in batches. A resumed run (`run_id`) keeps its params and takes only the steps
+that it lacks, so a stage that repeats steps after a crash records each of them once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 EXPERIMENT = "mdeq"
-PARAMS_A_BATCH, METRICS_A_BATCH, TAG_LENGTH = 100, 1000, 5000  # the store's limits (tags: below the older 5000)
+PARAMS_A_BATCH, METRICS_A_BATCH, TAG_LENGTH = (
+    100,
+    1000,
+    5000,
+)  # the store's limits (tags: below the older 5000)
 SECONDS_A_FLUSH, SECONDS_A_RETRY = 10.0, 60.0
 BUFFER = 200_000  # metrics kept while the store is away
 
@@ -46,7 +50,7 @@ class Tracker(Protocol):
         """Set a tag."""
 
     def flush(self) -> None:
-        """Send what is buffered; call it before a checkpoint is written, which then covers all that was sent."""
+        """Send what is buffered."""
 
     def __enter__(self) -> Tracker: ...
 
@@ -86,7 +90,7 @@ class NullTracker:
 def start(
     stage: str, instance: str | None, params: BaseModel | None, machine: Machine, run_id: str | None = None
 ) -> Tracker:
-    """The tracker of a stage's run: a new one, or the run `run_id` continued. A run the store lost is begun anew."""
+    """The tracker of a stage's run: a new run, or `run_id` continued; one that the store lost is begun anew."""
     if machine.tracking_uri is None or os.environ.get("RANK", "0") != "0":
         return NullTracker()
     tracker = MlflowTracker(machine)
@@ -114,7 +118,9 @@ class MlflowTracker:
             self._client, experiment = open_store(self._machine)
             if run_id is None or not self._reopen(run_id):
                 name = f"{stage}/{instance}" if instance else stage
-                run = self._client.create_run(experiment, run_name=name, tags=_tags(stage, instance, self._machine))
+                run = self._client.create_run(
+                    experiment, run_name=name, tags=_tags(stage, instance, self._machine)
+                )
                 self.run_id = run.info.run_id
                 if params is not None:
                     self._log_params(params.model_dump(mode="json"))
@@ -129,7 +135,9 @@ class MlflowTracker:
 
             now = time.time_ns() // 1_000_000
             self._buffer += [
-                Metric(name, float(value), now, step) for name, value in values.items() if step > self._known.get(name, -1)
+                Metric(name, float(value), now, step)
+                for name, value in values.items()
+                if step > self._known.get(name, -1)
             ]
         full = len(self._buffer) >= METRICS_A_BATCH
         if full or time.monotonic() - self._flushed > SECONDS_A_FLUSH:
@@ -158,7 +166,7 @@ class MlflowTracker:
             client.set_tag(run_id, name, value[:TAG_LENGTH])
 
     def flush(self) -> None:
-        """Send what is buffered. While the store is away the buffer is kept, and tried again a minute later."""
+        """Send what is buffered. While the store is away it is kept, and tried again a minute later."""
         self._flushed = time.monotonic()
         with self._guard():
             client, run_id = self._open()
@@ -199,7 +207,7 @@ class MlflowTracker:
             self._client.update_run(run_id, status="RUNNING")
         except MlflowException:
             return False  # another store, or the run was deleted
-        # the latest step of each metric, without reading whole histories; MLflow offers it under this name only
+        # the latest step of each metric, without reading whole histories; MLflow has no public name for it
         self._known = {metric.key: metric.step for metric in run.data._metric_objs}
         self.run_id = run_id
         return True
@@ -216,7 +224,9 @@ class MlflowTracker:
     def _start_monitor(self, resumed: bool) -> Any:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(self.run_id, resume_logging=resumed, tracking_uri=self._machine.tracking_uri)
+        monitor = SystemMetricsMonitor(
+            self.run_id, resume_logging=resumed, tracking_uri=self._machine.tracking_uri
+        )
         monitor.start()
         return monitor
 
@@ -231,7 +241,9 @@ class MlflowTracker:
             if not self._warned:
                 self._warned = True
                 text = f"{type(error).__name__}: {error}".splitlines()[0]
-                warnings.warn(f"tracking failed, the stage goes on without it: {text}", RuntimeWarning, stacklevel=4)
+                warnings.warn(
+                    f"tracking failed, the stage goes on without it: {text}", RuntimeWarning, stacklevel=4
+                )
 
 
 class _Away(Exception):
@@ -250,7 +262,9 @@ def open_store(machine: Machine) -> tuple[MlflowClient, str]:
     local = uri.startswith("sqlite:///")
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     # two processes that create one sqlite store at once break it, and two that create one experiment collide
-    lock = FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
+    lock = (
+        FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
+    )
     with lock:
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(name)
@@ -267,9 +281,23 @@ def serve(machine: Machine, port: int) -> int:
 
     _, experiment = open_store(machine)
     uri = machine.tracking_uri or ""
-    print(f"MLflow: http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning", flush=True)
+    print(
+        f"MLflow: http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning",
+        flush=True,
+    )
     print("ready in some seconds; Ctrl-C ends it", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     return subprocess.run([*command, "--backend-store-uri", uri]).returncode
 
 
@@ -292,7 +320,9 @@ def finite(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tags(stage: str, instance: str | None, machine: Machine) -> dict[str, str]:
-    environment = {name: os.environ.get(name) for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")}
+    environment = {
+        name: os.environ.get(name) for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+    }
     tags = {
         "stage": stage,
         "instance": instance,
@@ -310,7 +340,7 @@ def _status(error: BaseException | None) -> str:
 
 
 def _quieten() -> None:
-    """A store that is away must fail in seconds, not after MLflow's minutes of retries; and nobody is to be called home."""
+    """A store that is away must fail in seconds, not after minutes of retries; and nobody is called home."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,6 +1,7 @@
-"""The params of the stages that solve for equilibria, and the whole params file. Apart from `params` because they need torch.
+"""The params of the stages that solve for equilibria, and the whole params file: what needs torch.
 
-The library's dataclasses are fields as they are, so a setting exists once; `Ranges` adds what their numbers may be.
+The library's dataclasses are fields as they are, so a setting exists once; `Ranges` adds what their numbers
+may be.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from pipeline.params import (
 )
 from pipeline.training import Adam, JacobianTerm, Sgd, WarmUp
 
-
 Positive = Field(gt=0)
 Natural = Field(ge=1)
 _SOLVES = {"steps": Natural, "tolerance": Field(ge=0), "check_every": Natural}
@@ -66,7 +66,9 @@ MDEQParams = Annotated[
     ),
 ]
 ResNetParams = Annotated[ResNetConfig, Ranges(width=Natural)]
-ClassificationHeadParams = Annotated[ClassificationHeadConfig, Ranges(channels=_Channels, final_channels=Natural)]
+ClassificationHeadParams = Annotated[
+    ClassificationHeadConfig, Ranges(channels=_Channels, final_channels=Natural)
+]
 SegmentationHeadParams = Annotated[SegmentationHeadConfig, Ranges()]
 _Decay = Field(ge=0)
 OptimizerParams = Annotated[
@@ -75,10 +77,10 @@ OptimizerParams = Annotated[
     Field(discriminator="kind"),
 ]
 WarmUpParams = Annotated[WarmUp, Ranges(layers=Natural, steps=Field(ge=0), softplus=Positive)]
-JacobianParams = Annotated[
-    JacobianTerm, Ranges(weight=_Decay, probability=Field(ge=0, le=1), probes=Natural)
+JacobianParams = Annotated[JacobianTerm, Ranges(weight=_Decay, probability=Field(ge=0, le=1), probes=Natural)]
+Size = Annotated[
+    tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")
 ]
-Size = Annotated[tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")]
 
 
 class Loss(Section):
@@ -117,11 +119,14 @@ class TrainParams(Section):
     batch: int = Field(ge=1, description="samples an update, over all devices")
     epochs: int = Field(ge=1)
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
-        default=[0], description="one training each; metrics are their mean and spread, the model is the first one's"
+        default=[0],
+        description="one training each; metrics are their mean and spread, the model is the first one's",
     )
     augment: bool
     precision: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_minutes: float = Field(default=5.0, gt=0, description="between two saves of the resumable state")
+    checkpoint_minutes: float = Field(
+        default=5.0, gt=0, description="between two saves of the resumable state"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> TrainParams:
@@ -163,7 +168,9 @@ class ConvergenceParams(Section):
     model: Name = Field(description="a model of the stage that trains on this set")
     batch: int = Field(ge=1, description="samples a batch")
     batches: int = Field(ge=2, description="random batches; mean and standard deviation are over them")
-    steps: int = Field(ge=1, description="updates of each solver, whatever its own limit; one evaluation of f more")
+    steps: int = Field(
+        ge=1, description="updates of each solver, whatever its own limit; one evaluation of f more"
+    )
     solvers: Annotated[tuple[ForwardParams, ...], Field(min_length=1)]
     seed: int = Field(default=0, ge=0, description="which batches")
 
@@ -180,7 +187,9 @@ class Torchvision(Section):
 
     kind: Literal["torchvision"]
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="such as resnet101")
-    small_input: bool = Field(default=False, description="a ResNet's first stage without stride, for 32 x 32 images")
+    small_input: bool = Field(
+        default=False, description="a ResNet's first stage without stride, for 32 x 32 images"
+    )
 
 
 class BenchmarkModel(Section):
@@ -212,7 +221,9 @@ class BenchmarkParams(Section):
     @model_validator(mode="after")
     def _relative_to_something(self) -> BenchmarkParams:
         if self.reference not in self.models:
-            raise ValueError(f"reference: must be one of models ({', '.join(self.models)}), not {self.reference!r}")
+            raise ValueError(
+                f"reference: must be one of models ({', '.join(self.models)}), not {self.reference!r}"
+            )
         return self
 
 
@@ -270,15 +281,22 @@ def across(params: Params) -> list[str]:
         source = params.pretrain.get(entry.backbone)
         if source is None:
             there = ", ".join(params.pretrain) or "none"
-            wrong.append(f"finetune.{name}.backbone: no model {entry.backbone!r} in pretrain; there are: {there}")
+            wrong.append(
+                f"finetune.{name}.backbone: no model {entry.backbone!r} in pretrain; there are: {there}"
+            )
         elif not isinstance(source.model, MDEQConfig):
-            wrong.append(f"finetune.{name}.backbone: {entry.backbone!r} is a {source.model.kind}; must be an mdeq")
+            wrong.append(
+                f"finetune.{name}.backbone: {entry.backbone!r} is a {source.model.kind}; must be an mdeq"
+            )
         else:
             wrong += _differences(name, entry.backbone, entry.model, source.model)
     for data, stage in TRAINED_BY.items():
         model = getattr(params.convergence, data).model
         entries = getattr(params, stage)
-        there = ", ".join(name for name, entry in entries.items() if isinstance(entry.model, MDEQConfig)) or "none"
+        there = (
+            ", ".join(name for name, entry in entries.items() if isinstance(entry.model, MDEQConfig))
+            or "none"
+        )
         if model not in entries or not isinstance(entries[model].model, MDEQConfig):
             wrong.append(f"convergence.{data}.model: no mdeq {model!r} in {stage}; there are: {there}")
     return wrong
@@ -287,8 +305,9 @@ def across(params: Params) -> list[str]:
 def _differences(name: str, backbone: str, ours: MDEQConfig, theirs: MDEQConfig) -> list[str]:
     """Fields that decide the shape of a backbone's weights and must be those it was trained with."""
     shape = ("channels", "expansion", "downsamplings", "weight_norm", "post_fusion_affine", "groups")
+    where = f"must be that of its backbone, pretrain.{backbone}"
     return [
-        f"finetune.{name}.model.{key}: must be that of its backbone, pretrain.{backbone}: {json.dumps(getattr(theirs, key))}"
+        f"finetune.{name}.model.{key}: {where}: {json.dumps(getattr(theirs, key))}"
         for key in shape
         if getattr(ours, key) != getattr(theirs, key)
     ]
