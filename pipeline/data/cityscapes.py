@@ -223,10 +223,10 @@ def read_pair(root: Path, path: str, label_path: str, size: int, label_size: int
     import cv2
 
     content = np.frombuffer(read_bytes(root, path, size), np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR)
     if image is None:
         raise DataError(f"{root / path}: not a readable image")
-    return image, read_label(root, label_path, read_bytes(root, label_path, label_size))
+    return image[..., ::-1], read_label(root, label_path, read_bytes(root, label_path, label_size))
 
 
 def resized(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
