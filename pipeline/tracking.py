@@ -90,7 +90,7 @@ class NullTracker:
 def start(
     stage: str, instance: str | None, params: BaseModel | None, machine: Machine, run_id: str | None = None
 ) -> Tracker:
-    """The tracker of a stage's run: a new run, or `run_id` continued; one that the store lost is begun anew."""
+    """The tracker of a stage's run: a new run, or `run_id` continued if the store has it."""
     if machine.tracking_uri is None or os.environ.get("RANK", "0") != "0":
         return NullTracker()
     tracker = MlflowTracker(machine)
