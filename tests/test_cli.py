@@ -1,0 +1,207 @@
+"""The command line: fast help, one line for what a user can mend, exit codes that scripts can rely on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline import params
+from pipeline.cli import app
+
+ROOT = Path(__file__).parents[1]
+STAGE_COMMANDS = [
+    "prepare cifar10",
+    "classify mdeq-small",
+    "pretrain mdeq-small",
+    "finetune mdeq-small",
+    "evaluate cityscapes mdeq-small",
+    "convergence imagenet",
+    "benchmark",
+]
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def invoke(line: str) -> Result:
+    return CliRunner().invoke(app, line.split())
+
+
+@pytest.fixture
+def fake_stage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Stands for pipeline.stages.classify; a test gives it its `run`."""
+    module = ModuleType("pipeline.stages.classify")
+    monkeypatch.setitem(sys.modules, "pipeline.stages.classify", module)
+    monkeypatch.setattr("pipeline.stages.classify", module, raising=False)
+    return module
+
+
+def test_help_is_instant_and_names_every_stage(tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = python("-m", "pipeline", "--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    assert min(seconds) < 0.5 * (1 + os.getloadavg()[0] / (os.cpu_count() or 1)), seconds
+    commands = {stage.command.split()[0] for stage in params.STAGES.values()}
+    assert all(f" {command} " in done.stdout for command in commands)
+    assert "MDEQ_DATA_CIFAR10" in done.stdout and "MLFLOW_TRACKING_URI" in done.stdout
+
+
+@pytest.mark.parametrize("command", [*params.STAGES, "show", "check", "schema", "difficulty", "ui"])
+def test_every_command_explains_itself(command: str) -> None:
+    name = params.STAGES[command].command.split()[0] if command in params.STAGES else command
+    result = invoke(f"{name} --help")
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("command", STAGE_COMMANDS)
+def test_wrong_params_stop_every_command_before_any_work(workspace: Path, command: str) -> None:
+    text = (workspace / "params.yaml").read_text()
+    (workspace / "params.yaml").write_text(text.replace("epochs: ", "epoch: ", 1))
+    before = sorted(workspace.rglob("*"))
+    result = invoke(command)
+    assert result.exit_code == 2
+    where = "params.yaml: classify.mdeq-small"
+    assert result.stderr.splitlines()[0] == f"{where}.epochs: is missing"
+    assert result.stderr.splitlines()[1].startswith(f"{where}.epoch: unknown key; did you mean epochs?")
+    assert "Traceback" not in result.output
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_no_traceback_in_a_real_process(workspace: Path) -> None:
+    (workspace / "params.yaml").write_text("prepare: [")
+    done = python("-m", "pipeline", "prepare", "cifar10", cwd=workspace)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "params.yaml: line 1: not YAML" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("classify mdeq-huge", "classify.mdeq-huge: is not there; there are: mdeq-small, resnet18-small"),
+        ("classify mdeq-small --params none.yaml", "none.yaml: no such file"),
+        ("classify mdeq-small --device tpu9", "device 'tpu9': must be auto, cpu, cuda"),
+        ("prepare mnist", "mnist"),
+        ("classify", "Missing argument"),
+        ("classify mdeq-small --workers -1", "greater than or equal to 0"),
+        ("show", "no report yet"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(workspace: Path, command: str, message: str) -> None:
+    result = invoke(command)
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MDEQ_WORKERS", "two", "MDEQ_WORKERS=two: must be a whole number of at least 0"),
+        ("MDEQ_THREADS", "0", "MDEQ_THREADS=0: must be a whole number of at least 1"),
+        ("MDEQ_DATA_CIFAR10", "/no/where", "MDEQ_DATA_CIFAR10=/no/where: no such directory"),
+        ("MDEQ_DEVICE", "cuda:99", "device 'cuda:99': torch sees "),
+    ],
+)
+def test_a_wrong_environment_is_named(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    result = invoke("classify mdeq-small")
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_stage_gets_its_own_section_and_the_machine(workspace: Path, fake_stage: ModuleType) -> None:
+    calls = []
+    fake_stage.run = lambda *arguments: calls.append(arguments)  # type: ignore[attr-defined]
+    result = invoke("classify mdeq-small --device cpu --workers 3 --params params/paper.yaml")
+    assert result.exit_code == 0, result.output
+    ((model, section, machine),) = calls
+    assert model == "mdeq-small" and section.epochs == 50
+    assert (machine.device, machine.workers, machine.root) == ("cpu", 3, workspace)
+    assert machine.tracking_uri == f"sqlite:///{workspace}/mlflow.db"
+
+
+def test_what_a_user_can_mend_is_one_line(workspace: Path, fake_stage: ModuleType) -> None:
+    from pipeline.checkpoints import CheckpointError
+    from pipeline.data.manifest import DataError
+    from pipeline.training import TrainingError
+
+    for error in (CheckpointError, DataError, TrainingError):
+
+        def run(*_: object, error: type[Exception] = error) -> None:
+            raise error("model.pt: damaged; make it again")
+
+        fake_stage.run = run  # type: ignore[attr-defined]
+        result = invoke("classify mdeq-small --device cpu")
+        assert (result.exit_code, result.stderr) == (2, "model.pt: damaged; make it again\n")
+
+
+def test_a_defect_keeps_its_traceback(workspace: Path, fake_stage: ModuleType) -> None:
+    fake_stage.run = lambda *_: 1 / 0  # type: ignore[attr-defined]
+    result = invoke("classify mdeq-small --device cpu")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_interrupted_is_130_and_says_that_it_goes_on(workspace: Path, fake_stage: ModuleType) -> None:
+    def run(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    fake_stage.run = run  # type: ignore[attr-defined]
+    result = invoke("classify mdeq-small --device cpu")
+    assert result.exit_code == 130 and "goes on" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_real_stage_in_good_order(workspace: Path, number: int, code: int) -> None:
+    script = (
+        "import os, sys, types, pipeline.cli\n"
+        "stage = types.ModuleType('pipeline.stages.classify')\n"
+        "def run(*_):\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        import time; time.sleep(30)\n"
+        "    finally:\n"
+        "        print('closed')\n"
+        "stage.run = run\n"
+        "import pipeline.stages; pipeline.stages.classify = stage; sys.modules[stage.__name__] = stage\n"
+        "sys.argv = ['pipeline', 'classify', 'mdeq-small', '--device', 'cpu']\n"
+        "pipeline.cli.main()\n"
+    )
+    done = python("-c", script, cwd=workspace)
+    assert (done.returncode, done.stdout) == (code, "closed\n"), done.stderr
+
+
+def test_show_prints_the_table_and_where_to_look(workspace: Path) -> None:
+    (workspace / "results/report").mkdir(parents=True)
+    (workspace / "results/report/results.md").write_text(
+        "| what | paper | ours |\n|---|---|---|\n| x | 87.1 | 86 |\n"
+    )
+    result = invoke("show")
+    assert result.exit_code == 0
+    for text in ("87.1", "results/report/index.html", "make ui"):
+        assert text in result.stdout
+
+
+def test_the_machines_fingerprint_is_the_same_twice(workspace: Path) -> None:
+    assert invoke("machine").exit_code == 0
+    first = (workspace / "results/machine.json").read_text()
+    assert invoke("machine").exit_code == 0
+    assert (workspace / "results/machine.json").read_text() == first and '"cores"' in first
+
+
+def test_check_says_all_right(workspace: Path) -> None:
+    assert invoke("check").stdout == "params.yaml: all right\n"
+    assert invoke("check --params params/paper.yaml").exit_code == 0
