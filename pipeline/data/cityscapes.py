@@ -218,7 +218,9 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
 # ---- what training reads
 
 
-def read_pair(root: Path, path: str, label_path: str, size: int, label_size: int) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(
+    root: Path, path: str, label_path: str, size: int | None = None, label_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return an image (H, W, 3) RGB and its train ids (H, W), both uint8."""
     import cv2
 

@@ -382,7 +382,7 @@ def draw_object(
         else:
             cv2.fillPoly(layer, [points], paint, shift=3)
             cv2.fillPoly(mask, [points], 255, shift=3)
-    picture[:] = np.where(mask[..., None] > 0, layer * _lit(rng, mask, radius), picture)
+    np.copyto(picture, layer * _lit(rng, mask, radius), where=mask[..., None] > 0)
 
 
 def _apart_from(rng: Rng, other: Array, distance: float = 70) -> Array:
@@ -395,12 +395,17 @@ def _apart_from(rng: Rng, other: Array, distance: float = 70) -> Array:
 
 
 def _lit(rng: Rng, mask: Array, radius: float) -> Array:
-    """Return the light (H, W, 1) that falls on a rounded, grained thing of this outline."""
-    depth = cv2.GaussianBlur(mask, (0, 0), max(1.0, radius * 0.12)).astype(np.float32) / 255
+    """Return the light (H, W, 1) that falls on a rounded, grained thing of this outline; it is soft, so made small."""
+    coarser = 1 + int(radius / 48)
+    height, width = mask.shape
+    size = (width // coarser, height // coarser)
+    small = cv2.resize(mask, size, interpolation=cv2.INTER_AREA) if coarser > 1 else mask
+    depth = cv2.GaussianBlur(small, (0, 0), max(1.0, radius * 0.12 / coarser)).astype(np.float32) / 255
     angle = rng.uniform(0, 2 * np.pi)
     slope = cv2.Sobel(depth, cv2.CV_32F, 1, 0) * np.cos(angle) + cv2.Sobel(depth, cv2.CV_32F, 0, 1) * np.sin(angle)
-    grain = texture(rng, *mask.shape, int(rng.integers(4, 12)))
-    return (1 + np.clip(slope * radius * 0.07, -0.4, 0.4) + rng.uniform(0, 0.12) * grain)[..., None]
+    grain = texture(rng, size[1], size[0], int(rng.integers(4, 12)))
+    light = 1 + np.clip(slope * radius / coarser * 0.07, -0.4, 0.4) + rng.uniform(0, 0.12) * grain
+    return cv2.resize(light.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)[..., None]
 
 
 def finish(rng: Rng, picture: Array, noise: float) -> Array:
@@ -429,11 +434,11 @@ def small_picture(rng: Rng, kind: str) -> Array:
 def large_picture(rng: Rng, kind: str, height: int, width: int) -> Array:
     """Return a photo-like picture (height, width, 3): an object in sharp focus before a blurred ground."""
     side = min(height, width)
-    picture = background(rng, height, width)
+    picture = background(rng, height // 2, width // 2)
     for _ in range(int(rng.integers(1, 8))):
         _clutter(rng, picture)
-    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.7, 3.5))
-    picture = cv2.resize(picture, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR)
+    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.8))
+    picture = cv2.resize(picture, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
     radius = 2 * side * rng.uniform(0.26, 0.48)
     slack_x, slack_y = max(0.0, width - radius * 0.85), max(0.0, height - radius * 0.85)
     centre = (width + slack_x * rng.uniform(-1, 1), height + slack_y * rng.uniform(-1, 1))
