@@ -115,14 +115,14 @@ class Trainee:
         if isinstance(self.network, Network):
             self.network.backbone.on_backward = self._note_backward
 
-    def step(self) -> None:
-        """Forward, backward, update."""
-        prediction = self.network(self._images)
+    def step(self, images: int | None = None) -> None:
+        """Forward, backward, update; on the first ``images`` of the batch, by default on all."""
+        prediction = self.network(self._images[:images])
         if isinstance(prediction, Prediction) and prediction.equilibrium and prediction.equilibrium.solution:
             self.facts["forward_evaluations"] = prediction.equilibrium.solution.nfe
         logits = prediction.logits if isinstance(prediction, Prediction) else prediction
         self._optimizer.zero_grad(set_to_none=True)
-        cross_entropy(logits, self._targets).backward()
+        cross_entropy(logits, self._targets[:images]).backward()
         self._optimizer.step()
         if self._device.startswith("cuda"):
             torch.cuda.synchronize(self._device)
@@ -160,7 +160,7 @@ def measure_time(
 
 
 def memory_in_fresh_process(model: BenchmarkModel, params: BenchmarkParams, machine: Machine) -> int:
-    """Bytes that two training steps need at most, beyond what torch itself takes."""
+    """Bytes that training needs at most, optimiser state included, beyond what torch itself takes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_bytes, model, params, machine.device, machine.threads).result()
@@ -174,7 +174,9 @@ def _peak_bytes(model: BenchmarkModel, params: BenchmarkParams, device: str, thr
     small.backward()
     before = _process_peak()
     trainee = Trainee(model, params, device)
-    trainee.step()
+    trainee.step(
+        images=2
+    )  # makes the optimiser's state, which a first step of its own would add only at its end
     trainee.step()
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
