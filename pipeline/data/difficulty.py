@@ -54,7 +54,7 @@ def run(name: str, machine: Machine) -> None:
             lines, measure = of_cityscapes(root, machine.device), "pixel accuracy (val)"
         case _:
             raise DataError(f"{name}: difficulty is measured of cifar10 and cityscapes")
-    table = Table("model", measure, "required", "holds", title=f"Difficulty of the generated {name}")
+    table = Table("model", measure, "required", "holds", title=f"Difficulty of the generated {name}", title_justify="left")
     for line in lines:
         table.add_row(line.model, f"{line.accuracy:.1%}", line.required, "yes" if line.holds else "NO")
     Console().print(table)
@@ -78,7 +78,7 @@ def of_cifar10(root: Path, device: str = "cpu", epochs: int = 25) -> list[Measur
     network = _classify(resnet, train, test, epochs, 3e-3, 1e-2, device)
     low, high = CIFAR_LINEAR_AT_MOST, CIFAR_NETWORK_AT_LEAST
     return [
-        Measured("linear on the pixels (best of 3 weight decays)", linear, f"under {low:.0%}", linear < low),
+        Measured("linear on the pixels (best of 3)", linear, f"under {low:.0%}", linear < low),
         Measured(f"ResNet-18, 170K, {epochs} epochs", network, f"over {high:.0%}", network > high),
     ]
 
@@ -161,9 +161,9 @@ def of_cityscapes(root: Path, device: str = "cpu", epochs: int = 30) -> list[Mea
     place, colour = _by_place(train, val), _by_colour(train, val)
     network = _segment(train, val, epochs, device)
     return [
-        Measured("most frequent class of each place", place, f"{SCENES_APART:.0%} under", network - place >= SCENES_APART),
-        Measured("most frequent class of each colour", colour, f"{SCENES_APART:.0%} under", network - colour >= SCENES_APART),
-        Measured(f"small convolutional network, {epochs} epochs", network, "", True),
+        Measured("commonest class of each place", place, "10 points under", network - place >= SCENES_APART),
+        Measured("commonest class of each colour", colour, "10 points under", network - colour >= SCENES_APART),
+        Measured(f"small conv net, {epochs} epochs", network, "", True),
     ]
 
 

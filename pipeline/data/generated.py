@@ -158,11 +158,11 @@ def _rng(*key: int) -> np.random.Generator:
 def _cifar10(params: GeneratedCifar10) -> Iterator[dict[str, bytes]]:
     from pipeline.data.objects import small_picture
 
-    parts = [len(part) for part in np.array_split(np.arange(params.train), 5)]
-    batches = [(f"data_batch_{i + 1}", f"training batch {i + 1} of 5", part) for i, part in enumerate(parts)]
+    train, test = (_rng(params.seed, 1, i).permutation(np.arange(n) % 10) for i, n in enumerate((params.train, params.test)))
+    batches = [(f"data_batch_{i}", f"training batch {i} of 5", part) for i, part in enumerate(np.array_split(train, 5), 1)]
     first = 0
-    for name, title, size in [*batches, ("test_batch", "testing batch 1 of 1", params.test)]:
-        labels = [int(label) for label in _rng(params.seed, 1, first).permutation(np.arange(size) % 10)]
+    for name, title, part in [*batches, ("test_batch", "testing batch 1 of 1", test)]:
+        labels, size = part.tolist(), len(part)
         pictures, names = [], []
         for i, label in enumerate(labels):
             pictures.append(small_picture(_rng(params.seed, 0, first + i), CLASSES[label]).transpose(2, 0, 1))
@@ -178,7 +178,7 @@ def _cifar10(params: GeneratedCifar10) -> Iterator[dict[str, bytes]]:
         first += size
         files = {f"{FOLDER}/{name}": python2_pickle(batch)}
         if name == "test_batch":
-            meta = {b"num_cases_per_batch": max(parts), b"label_names": [c.encode() for c in CLASSES], b"num_vis": 3072}
+            meta = {b"num_cases_per_batch": len(batches[0][2]), b"label_names": [c.encode() for c in CLASSES], b"num_vis": 3072}
             files[f"{FOLDER}/batches.meta"] = python2_pickle(meta)
         yield files
 
@@ -197,7 +197,7 @@ def _imagenet(params: GeneratedImageNet) -> Iterator[dict[str, bytes]]:
                 rng = _rng(params.seed, label, i)
                 height, width = (int(side) for side in rng.integers(180, 401, 2))
                 picture = large_picture(rng, kind, height, width)
-                code = cv2.COLOR_RGB2GRAY if rng.random() < 0.06 else cv2.COLOR_RGB2BGR
+                code = cv2.COLOR_RGB2GRAY if rng.random() < 0.1 else cv2.COLOR_RGB2BGR
                 quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))]
                 content = cv2.imencode(".jpg", cv2.cvtColor(picture, code), quality)[1].tobytes()
                 name = f"{wnid}_{i}" if split == "train" else f"ILSVRC2012_val_{label * number + i - start + 1:08d}"
