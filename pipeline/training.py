@@ -310,11 +310,11 @@ def _update(
     if penalised and term:
         estimate = prediction.equilibrium.jacobian
         objective = loss + term.weight * estimate
-        values["solver/jacobian"] = float(estimate)
+        values["solver/jacobian"] = float(estimate.detach())
     optimizer.zero_grad(set_to_none=True)
     objective.backward()
     optimizer.step()
-    values["loss/train"] = float(loss)  # the one point a step where a GPU is waited for
+    values["loss/train"] = float(loss.detach())  # the one point a step where a GPU is waited for
     values["lr"] = optimizer.param_groups[0]["lr"]
     values["time/images_per_second"] = len(images) / (time.perf_counter() - start)
     solution = prediction.equilibrium.solution if prediction.equilibrium else None

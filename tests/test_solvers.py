@@ -1,0 +1,143 @@
+"""Solvers against problems whose solution is known, in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdeq import Anderson, Broyden, FixedPoint, Gmres
+
+SOLVERS = [
+    Broyden(steps=60, tolerance=1e-12),
+    Anderson(steps=60, tolerance=1e-12, ridge=1e-14),
+    FixedPoint(steps=400, tolerance=1e-12),
+    FixedPoint(steps=800, tolerance=1e-12, damping=0.5),
+]
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Affine:
+    """f(z) = z A^T + b a sample, with |A| = 0.7 in the spectral norm; its fixed point comes from a dense solve."""
+
+    def __init__(self, batch: int, dim: int) -> None:
+        a = torch.randn(batch, dim, dim)
+        self.a = 0.7 * a / torch.linalg.matrix_norm(a, 2)[:, None, None]
+        self.b = torch.randn(batch, dim)
+        self.root = torch.linalg.solve(torch.eye(dim) - self.a, self.b)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return torch.bmm(self.a, z[:, :, None])[:, :, 0] + self.b
+
+
+def tanh_map(batch: int, dim: int):
+    weight = torch.randn(dim, dim)
+    weight = 0.8 * weight / torch.linalg.matrix_norm(weight, 2)
+    bias = torch.randn(batch, dim)
+    return lambda z: torch.tanh(z @ weight.T + bias[: len(z)])
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.kind)
+def test_finds_the_root_of_a_dense_solve(solver):
+    f = Affine(3, 12)
+    solution = solver(f, torch.zeros(3, 12))
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, f.root, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.kind)
+def test_reports_what_it_did(solver):
+    f, calls = tanh_map(4, 10), []
+    z0 = torch.zeros(4, 10)
+    solution = solver(lambda z: calls.append(z) or f(z), z0)
+    assert solution.nfe == len(calls) == len(solution.trace)
+    gap = (f(solution.value) - solution.value).norm(dim=1)
+    torch.testing.assert_close(solution.absolute, gap, rtol=1e-3, atol=1e-13)
+    torch.testing.assert_close(solution.relative, gap / f(solution.value).norm(dim=1), rtol=1e-3, atol=1e-13)
+    for i, step in enumerate(solution.steps.tolist()):
+        torch.testing.assert_close(solution.value[i], calls[step][i], rtol=0, atol=1e-12)
+
+
+def test_never_more_than_steps_plus_one_evaluations_and_absolute_stopping():
+    f = tanh_map(2, 6)
+    for solver in (Broyden(steps=5, tolerance=0), Anderson(steps=5, tolerance=0), FixedPoint(steps=5, tolerance=0)):
+        assert solver(f, torch.zeros(2, 6)).nfe == 6
+    solution = Broyden(steps=50, tolerance=1e-3, stop="absolute")(f, torch.zeros(2, 6))
+    assert (solution.absolute <= 1e-3).all() and (solution.trace[:-1] > 1e-3).any(dim=1).all()
+
+
+@pytest.mark.parametrize("solver", [Broyden(), Anderson(), FixedPoint()], ids=lambda s: s.kind)
+def test_a_sample_never_feels_its_batch(solver):
+    """Alone, together, and beside a sample that diverges and one that turns to NaN."""
+    f = tanh_map(1, 8)
+    starts = torch.randn(3, 8)
+
+    def wild(z: Tensor) -> Tensor:
+        value = f(z)
+        value[3] = z[3].square() + z[3] + 1  # no fixed point: runs away to inf
+        value[4] = torch.where(z[4].abs().max() > 1.5, torch.nan, z[4] + 1)  # no fixed point, non-finite after a step
+        return value
+
+    alone = [solver(f, z[None]) for z in starts]
+    together = solver(f, starts)
+    beside = solver(wild, torch.cat([starts, torch.ones(1, 8), torch.zeros(1, 8)]))
+    for i in range(3):
+        for batch in (together, beside):
+            torch.testing.assert_close(batch.value[i], alone[i].value[0], rtol=0, atol=1e-11)
+            assert batch.steps[i] == alone[i].steps[0] and batch.converged[i] == alone[i].converged[0]
+            last = batch.trace[-1, i]
+            torch.testing.assert_close(last, alone[i].trace[-1, 0], rtol=0, atol=1e-11)
+    assert torch.isfinite(beside.value).all() and not beside.converged[3:].any()
+
+
+@pytest.mark.parametrize("solver", [Broyden(), Anderson(), FixedPoint()], ids=lambda s: s.kind)
+def test_nothing_finite_returns_the_start(solver):
+    z0 = torch.randn(2, 5)
+    solution = solver(lambda z: z * torch.nan, z0)
+    torch.testing.assert_close(solution.value, z0)
+    assert not solution.converged.any() and not torch.isfinite(solution.trace).any()
+
+
+def test_broyden_is_the_published_algorithm():
+    """The (U, V) form with Sherman-Morrison updates, written out for one sample: the same iterates."""
+    f = tanh_map(1, 20)
+    visited: list[Tensor] = []
+    Broyden(steps=15, tolerance=0)(lambda z: visited.append(z[0]) or f(z), torch.zeros(1, 20))
+
+    z = torch.zeros(20)
+    inverse = -torch.eye(20)
+    g = f(z[None])[0] - z
+    for seen in visited[1:]:
+        step = -inverse @ g
+        z = z + step
+        torch.testing.assert_close(seen, z, rtol=0, atol=1e-10)
+        new = f(z[None])[0] - z
+        change = inverse @ (new - g)
+        inverse = inverse + torch.outer(step - change, step @ inverse) / (step @ change)
+        g = new
+
+
+def test_anderson_survives_a_singular_system():
+    """A map onto one point: from the second evaluation on every residual kept is zero or a copy."""
+    point = torch.randn(1, 7)
+    solution = Anderson(steps=10, tolerance=0, ridge=0)(lambda z: point.expand_as(z), torch.zeros(2, 7))
+    torch.testing.assert_close(solution.value, point.expand(2, 7))
+
+
+def test_gmres_solves_the_adjoint_and_never_gets_worse():
+    f = Affine(4, 9)
+    product = lambda v: torch.bmm(f.a, v[:, :, None])[:, :, 0]  # noqa: E731
+    f.b[2] = 0
+    solution = Gmres(steps=9, tolerance=0)(product, f.b)
+    expected = torch.linalg.solve(torch.eye(9) - f.a, f.b)
+    torch.testing.assert_close(solution.value, expected, rtol=0, atol=1e-10)
+    assert (solution.trace[1:] <= solution.trace[:-1] * (1 + 1e-6) + 1e-12).all()
+    assert solution.relative[2] == 0 and solution.converged[2]
+    short = Gmres(steps=4, tolerance=0)(product, f.b)
+    gap = (product(short.value) + f.b - short.value).norm(dim=1)
+    torch.testing.assert_close(short.absolute, gap, rtol=1e-8, atol=1e-12)
