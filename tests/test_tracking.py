@@ -1,0 +1,229 @@
+"""Tracking: runs on a real sqlite store; resumed without doubles; and never in the way of a stage."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from pydantic import BaseModel
+
+from pipeline import params, tracking
+from pipeline.machine import Machine
+from pipeline.tracking import MlflowTracker, NullTracker
+
+ROOT = Path(__file__).parents[1]
+
+
+class Many(BaseModel):
+    values: dict[str, int]
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables: they take seconds to make, so tests copy this one."""
+    root = tmp_path_factory.mktemp("store")
+    tracking.open_store(Machine(root, tracking_uri=f"sqlite:///{root / 'mlflow.db'}"))
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def machine(empty_store: Path, workspace: Path) -> Machine:
+    shutil.copy(empty_store, workspace)
+    return Machine(workspace, tracking_uri=f"sqlite:///{workspace / 'mlflow.db'}")
+
+
+@pytest.fixture(autouse=True)
+def no_system_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The monitor's thread outlives a short run by seconds; one test puts it back."""
+    monkeypatch.setattr(MlflowTracker, "_start_monitor", lambda self, resumed: None)
+    yield
+
+
+def stored(machine: Machine, run_id: str | None) -> Run:
+    assert run_id is not None and machine.tracking_uri is not None
+    return MlflowClient(machine.tracking_uri).get_run(run_id)
+
+
+def history(machine: Machine, run_id: str | None, name: str) -> list[tuple[int, float]]:
+    assert run_id is not None and machine.tracking_uri is not None
+    return [(m.step, m.value) for m in MlflowClient(machine.tracking_uri).get_metric_history(run_id, name)]
+
+
+def files(machine: Machine, run_id: str | None) -> set[str]:
+    assert run_id is not None and machine.tracking_uri is not None
+    return {entry.path for entry in MlflowClient(machine.tracking_uri).list_artifacts(run_id)}
+
+
+def test_a_stage_is_a_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_STAGE", "classify@mdeq-small")
+    section = params.load("classify", "mdeq-small")
+    (machine.root / "note.txt").write_text("hello")
+    with tracking.start("classify", "mdeq-small", section, machine) as tracker:
+        for step in range(5):
+            tracker.metrics({"loss/train": 1 / (step + 1), "solver/nfe": 19}, step)
+        tracker.artifact(machine.root / "note.txt", "notes")
+        tracker.dataset("cifar10", "0123456789abcdef" * 4, "data/cifar10")
+        tracker.tag("fingerprint", "f" * 8)
+    run = stored(machine, tracker.run_id)
+    assert (run.info.run_name, run.info.status) == ("classify/mdeq-small", "FINISHED")
+    assert run.data.params["model.channels"] == "[24, 24]"
+    assert run.data.params["backward.solver.kind"] == "gmres"
+    tags = run.data.tags
+    assert tags["stage"] == "classify" and tags["instance"] == "mdeq-small" and tags["fingerprint"] == "f" * 8
+    assert tags["DVC_STAGE"] == "classify@mdeq-small" and "mlflow.source.git.commit" in tags
+    assert "DVC_EXP_NAME" not in tags and tags["machine.torch"]
+    assert [value.dataset.name for value in run.inputs.dataset_inputs] == ["cifar10"]
+    assert len(history(machine, tracker.run_id, "loss/train")) == 5
+    assert files(machine, tracker.run_id) == {"notes", "params.json"}
+
+
+def test_more_params_than_a_batch_takes(machine: Machine) -> None:
+    with tracking.start("benchmark", None, Many(values={f"k{i}": i for i in range(250)}), machine) as tracker:
+        pass
+    run = stored(machine, tracker.run_id)
+    assert run.info.run_name == "benchmark" and len(run.data.params) == 250
+
+
+def test_more_metrics_than_a_batch_takes_arrive_in_batches(machine: Machine) -> None:
+    with tracking.start("classify", "x", None, machine) as tracker:
+        for step in range(1300):
+            tracker.metrics({"loss/train": step, "lr": 0.1}, step)
+        assert history(machine, tracker.run_id, "loss/train")
+    assert len(history(machine, tracker.run_id, "loss/train")) == 1300
+
+
+def test_a_resumed_run_has_each_step_once_and_its_first_params(machine: Machine) -> None:
+    first = Many(values={"a": 1})
+    with pytest.raises(RuntimeError), tracking.start("classify", "x", first, machine) as tracker:
+        for step in range(10):
+            tracker.metrics({"loss/train": step}, step)
+        raise RuntimeError("the power went")
+    assert stored(machine, tracker.run_id).info.status == "FAILED"
+    with tracking.start("classify", "x", Many(values={"a": 2}), machine, run_id=tracker.run_id) as resumed:
+        for step in range(5, 15):  # goes on from a checkpoint that is older than the last metric
+            resumed.metrics({"loss/train": step}, step)
+        resumed.metrics({"eval/top1": 0.5}, 7)
+    assert resumed.run_id == tracker.run_id
+    run = stored(machine, resumed.run_id)
+    assert run.info.status == "FINISHED" and run.data.params == {"values.a": "1"}
+    assert history(machine, resumed.run_id, "loss/train") == [(step, float(step)) for step in range(15)]
+    assert history(machine, resumed.run_id, "eval/top1") == [(7, 0.5)]
+
+
+def test_a_run_that_the_store_lost_is_begun_anew(machine: Machine) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with tracking.start("classify", "x", None, machine, run_id="0" * 32) as tracker:
+            tracker.metrics({"loss/train": 1.0}, 0)
+    assert tracker.run_id not in (None, "0" * 32)
+    assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0)]
+
+
+def test_interrupted_runs_are_killed_not_failed(machine: Machine) -> None:
+    with pytest.raises(KeyboardInterrupt), tracking.start("classify", "x", None, machine) as tracker:
+        raise KeyboardInterrupt
+    assert stored(machine, tracker.run_id).info.status == "KILLED"
+
+
+def test_a_store_out_of_reach_warns_once_and_stops_nothing(workspace: Path) -> None:
+    machine = Machine(workspace, tracking_uri="http://127.0.0.1:9")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with tracking.start("classify", "x", Many(values={"a": 1}), machine) as tracker:
+            for step in range(3000):
+                tracker.metrics({"loss/train": 1.0}, step)
+            tracker.artifact(workspace / "none.txt")
+            tracker.dataset("cifar10", "0", "data")
+            tracker.tag("a", "b")
+            tracker.flush()
+    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    assert (
+        tracker.run_id is None and len(said) == 1 and said[0].startswith("tracking failed, the stage goes on")
+    )
+
+
+def test_a_store_that_comes_back_gets_what_it_missed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracking.start("classify", "x", None, machine) as tracker:
+        log_batch = MlflowClient.log_batch
+
+        def away(*_: object, **__: object) -> None:
+            raise ConnectionError("away")
+
+        monkeypatch.setattr(MlflowClient, "log_batch", away)
+        tracker.metrics({"loss/train": 1.0}, 0)
+        with pytest.warns(RuntimeWarning, match="ConnectionError: away"):
+            tracker.flush()
+        monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+        monkeypatch.setattr(tracker, "_retry_at", 0.0)  # a minute later
+        tracker.metrics({"loss/train": 2.0}, 1)
+    assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0), (1, 2.0)]
+    assert stored(machine, tracker.run_id).info.status == "FINISHED"
+
+
+def test_tracking_can_be_switched_off_and_is_off_in_helper_processes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(tracking.start("classify", "x", None, Machine(machine.root)), NullTracker)
+    monkeypatch.setenv("MDEQ_TRACKING", "off")
+    assert Machine.from_environment("cpu").tracking_uri is None
+    monkeypatch.setenv("RANK", "1")
+    assert isinstance(tracking.start("classify", "x", None, machine), NullTracker)
+    with NullTracker() as tracker:
+        tracker.metrics({"loss/train": 1.0}, 0)
+
+
+def test_system_metrics_are_recorded(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    with tracking.start("classify", "x", None, machine) as tracker:
+        import time
+
+        time.sleep(1.0)
+    names = stored(machine, tracker.run_id).data.metrics
+    assert any(name.startswith("system/cpu") for name in names)
+
+
+def test_the_store_lies_in_the_main_checkout_during_queued_experiments(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", "/somewhere")
+    assert Machine.from_environment("cpu").tracking_uri == "sqlite:////somewhere/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert Machine.from_environment("cpu").tracking_uri == "http://mlflow:5000"
+
+
+@pytest.mark.slow
+def test_two_stages_may_create_one_store_at_once(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from pipeline import tracking; from pipeline.machine import Machine; "
+        f"root = Path({str(tmp_path)!r}); "
+        "print(tracking.open_store(Machine(root, tracking_uri=f'sqlite:///{root}/mlflow.db'))[1])"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    done = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], done
+    assert done[0][0] == done[1][0]
+
+
+def test_flatten_names_nested_params() -> None:
+    nested = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None, "f": {}}
+    assert tracking.flatten(nested) == {"a.b": 1, "a.c.d": [1, 2], "e": None, "f": {}}
+
+
+def test_finite_keeps_numbers_alone() -> None:
+    values = {"eval/top1": 0.5, "n": 3, "bad": float("nan"), "device": "cpu", "flag": True}
+    assert tracking.finite(values) == {"eval/top1": 0.5, "n": 3.0}
