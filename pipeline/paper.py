@@ -90,7 +90,7 @@ TABLE_1 = Table(
             model="single-stream",
             implicit=True,
         ),
-        Row("ResNet-18", "170K", _one(81.6, 0.3), _PLAIN, cited="[26]", model="resnet18-narrow"),
+        Row("ResNet-18", "170K", _one(81.6, 0.3), _PLAIN, cited="[26]", model="resnet18-small"),
         Row("MDEQ-small", "170K", _one(87.1, 0.4), _PLAIN, model="mdeq-small", implicit=True),
         Row("ResNet-18", "10M", _one(92.9, 0.2), _AUGMENTED, cited="[26]", model="resnet18"),
         Row("MDEQ", "10M", _one(93.8, 0.3), _AUGMENTED, model="mdeq", implicit=True),
