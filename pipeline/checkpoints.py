@@ -232,3 +232,16 @@ def _decode(value: Any) -> Any:
     if settings is None:
         raise CheckpointError(f"unknown kind {value.get('kind')!r} in a checkpoint's architecture")
     return settings(**{name: _decode(inner) for name, inner in value.items()})
+
+
+def checksum(path: Path) -> str:
+    """Of a file's bytes.
+
+    Raises:
+        CheckpointError: if there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; run the stage that makes it") from error

@@ -1,0 +1,179 @@
+"""What classify, pretrain and finetune share: every seed's training with exact resume, tracked, and its results written.
+
+The resumable state lies in work/<stage>-<model>/<fingerprint>/, which DVC does not know; the results are written at the
+end, whole, into results/<stage>/<model>/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline.checkpoints import Architecture, RunState, save_model
+from pipeline.training import Recipe, Row, Task, TrainingError, train
+
+if TYPE_CHECKING:
+    from pipeline.machine import Machine
+    from pipeline.tracking import Tracker
+    from pipeline.train_params import TrainParams
+
+
+def run(
+    stage: str,
+    name: str,
+    params: TrainParams,
+    machine: Machine,
+    *,
+    dataset: str,
+    task: Callable[[int], Task],
+    before: Callable[[nn.Module], None] = lambda model: None,
+    depends: dict[str, str] | None = None,
+) -> None:
+    """Trains one model of a stage, once a seed, and writes its results.
+
+    Args:
+        stage: classify, pretrain or finetune.
+        name: Of the model.
+        params: Its section.
+        machine: Where it runs.
+        dataset: The set trained on, whose summary names source and digest.
+        task: The data, loss and metric for a seed.
+        before: Does to a fresh model what must be done before training (loads a backbone).
+        depends: Further facts that the result depends on, part of the state's identity.
+
+    Raises:
+        TrainingError: if the warm-up is not shorter than the run, or the loss is not finite.
+    """
+    from pipeline import tracking
+    from pipeline.progress import Progress
+
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    summary = json.loads(Path("results/data", dataset, "summary.json").read_text(encoding="utf-8"))
+    out = Path("results", stage, name)
+    recipe = _recipe(params)
+    first = task(params.seeds[0])
+    _check_warm_up(stage, name, recipe, len(first.train))
+    identity = {
+        "params": params.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"}),
+        "data": summary["digest"],
+        "torch": torch.__version__,
+        **(depends or {}),
+    }
+    states = {seed: RunState(machine.root / "work" / f"{stage}-{name}", identity, f"seed-{seed}") for seed in params.seeds}
+    if differences := states[params.seeds[0]].differences():
+        print(f"{stage} {name}: starts afresh; its interrupted run differs in {', '.join(differences)}", file=sys.stderr)
+    run_id = next((saved["run_id"] for s in states.values() if (saved := s.load())), None)
+    architecture = _architecture(params, first.train.classes)
+
+    histories: dict[int, list[Row]] = {}
+    with tracking.start(stage, name, params, machine, run_id) as tracker:
+        tracker.dataset(dataset, summary["digest"], summary["source"])
+        for seed in params.seeds:
+            torch.manual_seed(seed)
+            model = architecture.build()
+            before(model)
+            prefix = f"seed-{seed}/" if len(params.seeds) > 1 else ""
+            with Progress(f"{stage} {name} seed {seed}", tracker, prefix) as progress:
+                histories[seed] = train(
+                    model,
+                    first if seed == params.seeds[0] else task(seed),
+                    recipe,
+                    seed=seed,
+                    device=machine.device,
+                    workers=machine.workers,
+                    store=_Store(states[seed], tracker),
+                    observer=progress,
+                )
+            facts = {"stage": stage, "model": name, "seed": seed, "classes": architecture.classes}
+            meta = {**facts, "params": params.model_dump(mode="json"), **machine.describe()}
+            file = "model.pt" if seed == params.seeds[0] else f"model-seed-{seed}.pt"
+            save_model(out / file, architecture, model, meta)
+        metrics = _metrics(histories, sum(p.numel() for p in model.parameters()), machine)
+        facts = {"data/source": summary["source"], "data/digest": summary["digest"], **machine.describe()}
+        _write(out, histories, {**metrics, **facts, "seeds": params.seeds, "batch": params.batch, "epochs": params.epochs})
+        last = max(row["step"] for rows in histories.values() for row in rows)
+        tracker.metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step=int(last))
+        for file in ("metrics.json", "history.csv", "curves.png"):
+            tracker.artifact(out / file)
+    states[params.seeds[0]].delete()
+
+
+class _Store:
+    """The state of one seed, with the id of the tracked run that a resumed stage continues."""
+
+    def __init__(self, state: RunState, tracker: Tracker) -> None:
+        self._state, self._tracker = state, tracker
+
+    def load(self) -> dict[str, Any] | None:
+        return self._state.load()
+
+    def save(self, content: dict[str, Any]) -> None:
+        self._state.save({**content, "run_id": self._tracker.run_id})
+
+
+def _recipe(params: TrainParams) -> Recipe:
+    return Recipe(
+        optimizer=params.optimizer,
+        epochs=params.epochs,
+        batch=params.batch,
+        warm_up=params.warm_up,
+        jacobian=params.jacobian,
+        precision=params.precision,
+        checkpoint_minutes=params.checkpoint_minutes,
+    )
+
+
+def _architecture(params: TrainParams, classes: int) -> Architecture:
+    return Architecture(params.model, params.head, classes, params.forward, params.backward)
+
+
+def _check_warm_up(stage: str, name: str, recipe: Recipe, samples: int) -> None:
+    total = math.ceil(samples / recipe.batch) * recipe.epochs
+    if recipe.warm_up is not None and recipe.warm_up.steps >= total:
+        raise TrainingError(
+            f"params.yaml: {stage}.{name}.warm_up.steps: {recipe.warm_up.steps} must be fewer than the run's {total} "
+            f"updates ({samples} samples, batch {recipe.batch}, {recipe.epochs} epochs)"
+        )
+
+
+def _metrics(histories: dict[int, list[Row]], parameters: int, machine: Machine) -> Row:
+    """The last epoch's figures, their mean over the seeds; with several seeds their deviation too, as <name>_std."""
+    rows = [rows[-1] for rows in histories.values()]
+    metrics: Row = {"parameters": float(parameters), "memory/peak_bytes": _peak_memory(machine.device)}
+    for name in rows[0]:
+        if name in ("epoch", "step"):
+            continue
+        values = [row[name] for row in rows]
+        metrics[name] = statistics.fmean(values)
+        if len(values) > 1:
+            metrics[f"{name}_std"] = statistics.stdev(values)
+    return metrics
+
+
+def _peak_memory(device: str) -> float:
+    """Bytes: of the GPU's tensors, or of the process."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _write(out: Path, histories: dict[int, list[Row]], metrics: dict[str, Any]) -> None:
+    import pandas as pd
+
+    from pipeline import figures
+
+    history = pd.DataFrame([{"seed": seed, **row} for seed, rows in histories.items() for row in rows])
+    history.to_csv(out / "history.csv", index=False)
+    figures.save(figures.training_curves(history, f"{out.parent.name} {out.name}"), out / "curves.png")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,32 @@
+"""classify: trains a model on CIFAR-10 (Sec. 4.1, Table 1)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdeq.losses import classification_loss
+from pipeline import experiment
+from pipeline.data.cifar10 import open_cifar10
+from pipeline.data.manifest import data_root
+from pipeline.metrics import TopK
+from pipeline.training import Task
+
+if TYPE_CHECKING:
+    from pipeline.machine import Machine
+    from pipeline.train_params import ClassifyParams
+
+
+def run(model: str, params: ClassifyParams, machine: Machine) -> None:
+    """Trains `classify.<model>` and writes results/classify/<model>/."""
+    folder = Path("results/data/cifar10")
+    source = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["source"]
+    root = data_root("cifar10", source, machine)
+
+    def task(seed: int) -> Task:
+        train = open_cifar10(root, folder / "manifest.csv", "train", augment=params.augment, seed=seed)
+        test = open_cifar10(root, folder / "manifest.csv", "test", augment=False, seed=seed)
+        return Task(train, test, classification_loss, lambda: TopK(train.classes))
+
+    experiment.run("classify", model, params, machine, dataset="cifar10", task=task)

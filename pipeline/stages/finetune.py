@@ -1,0 +1,80 @@
+"""finetune: trains the same MDEQ for segmentation on Cityscapes, from its ImageNet backbone (Sec. 4.3, Table 3)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mdeq.heads import resize
+from mdeq.losses import HardExamples, segmentation_loss
+from pipeline import checkpoints, experiment
+from pipeline.data.cityscapes import open_cityscapes
+from pipeline.data.manifest import data_root
+from pipeline.metrics import ConfusionMatrix
+from pipeline.training import Task
+
+if TYPE_CHECKING:
+    from pipeline.machine import Machine
+    from pipeline.train_params import FinetuneParams
+
+# published with the authors' configuration, in the order of the train ids
+CLASS_WEIGHTS = (
+    0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
+    0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507,
+)  # fmt: skip
+
+
+def run(model: str, params: FinetuneParams, machine: Machine) -> None:
+    """Trains `finetune.<model>` and writes results/finetune/<model>/.
+
+    Raises:
+        CheckpointError: if the backbone does not fit.
+    """
+    folder = Path("results/data/cityscapes")
+    source = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["source"]
+    root = data_root("cityscapes", source, machine)
+    hard = HardExamples() if params.loss.ohem else None
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        weights = torch.tensor(CLASS_WEIGHTS, device=logits.device) if params.loss.class_weights else None
+        return segmentation_loss(logits, labels, weights, hard)
+
+    def task(seed: int) -> Task:
+        manifest = folder / "manifest.csv"
+        train = open_cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment, seed=seed)
+        val = open_cityscapes(root, manifest, "val", test_size=params.test_size, augment=False, seed=seed)
+        return Task(train, val, loss, lambda: PixelMetric(train.classes))
+
+    backbone = Path("results/pretrain", params.backbone, "model.pt") if params.backbone else None
+    experiment.run(
+        "finetune",
+        model,
+        params,
+        machine,
+        dataset="cityscapes",
+        task=task,
+        before=lambda network: load_backbone(network, backbone) if backbone else None,
+        depends={"backbone": checkpoints.checksum(backbone)} if backbone else {},
+    )
+
+
+class PixelMetric(ConfusionMatrix):
+    """The confusion matrix of logits resized to their labels."""
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch: logits (B, classes, h, w), labels (B, H, W)."""
+        super().update(resize(logits, targets.shape[-2:]), targets)
+
+
+def load_backbone(network: nn.Module, path: Path) -> None:
+    """Gives `network` the backbone of the model at `path`: the same MDEQ under another head (Sec. 3.2)."""
+    pretrained, _, _ = checkpoints.load_model(path)
+    state = pretrained.backbone.state_dict()
+    try:
+        network.backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise checkpoints.CheckpointError(f"{path}: its backbone does not fit this model: {error}") from error
