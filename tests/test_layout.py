@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import shutil
 import subprocess
@@ -238,12 +239,12 @@ def pipeline(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def commit(root: Path) -> None:
     """Take every stage as done with what is there."""
-    with Repo(str(root)) as repo:
+    with contextlib.chdir(root), Repo(str(root)) as repo:  # DVC reads params.yaml from the working directory
         repo.commit(force=True)
 
 
 def stale(root: Path) -> set[str]:
-    """What `dvc repro` would run, but for what it always runs: what `dvc status` names, and what builds on it."""
+    """What `dvc repro` would run, less what it always runs: what `dvc status` names, its descendants."""
     with Repo(str(root)) as repo:
         status = repo.status()
         changed = {name for name, why in status.items() if why != ["always changed"]}
