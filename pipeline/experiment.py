@@ -65,7 +65,7 @@ def run(
     _check_warm_up(stage, name, recipe, len(first.train))
     identity = {
         "params": params.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"}),
-        "data": summary["digest"],
+        "data": summary["manifest"],
         "torch": torch.__version__,
         **(depends or {}),
     }
@@ -77,7 +77,7 @@ def run(
 
     histories: dict[int, list[Row]] = {}
     with tracking.start(stage, name, params, machine, run_id) as tracker:
-        tracker.dataset(dataset, summary["digest"], summary["source"])
+        tracker.dataset(dataset, summary["manifest"], summary["source"])
         for seed in params.seeds:
             torch.manual_seed(seed)
             model = architecture.build()
@@ -99,7 +99,7 @@ def run(
             file = "model.pt" if seed == params.seeds[0] else f"model-seed-{seed}.pt"
             save_model(out / file, architecture, model, meta)
         metrics = _metrics(histories, sum(p.numel() for p in model.parameters()), machine)
-        facts = {"data/source": summary["source"], "data/digest": summary["digest"], **machine.describe()}
+        facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
         _write(out, histories, {**metrics, **facts, "seeds": params.seeds, "batch": params.batch, "epochs": params.epochs})
         last = max(row["step"] for rows in histories.values() for row in rows)
         tracker.metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step=int(last))
