@@ -1,4 +1,4 @@
-"""Explicit models that the paper compares with: ResNet-18 for small images, its width set by the number of parameters."""
+"""Explicit models that the paper compares with: ResNet-18 for small images, of any width."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ResNetConfig:
     """The width of a ResNet-18.
 
     Args:
-        width: Channels of the first stage, doubled at each of the other three: 8 makes the 170K parameters of Table 1,
-            64 the original's 11M.
+        width: Channels of the first stage, doubled at each of the other three: 8 makes the 170K parameters of
+            Table 1, 64 the original's 11M.
     """
 
     width: int = 8
@@ -40,7 +40,9 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(F(x) + shortcut(x))."""

@@ -44,7 +44,9 @@ def test_classes_and_train_ids_are_the_official_ones() -> None:
     for label in official:
         if label.id >= 0:
             assert table[label.id] == (label.trainId if 0 <= label.trainId < 19 else IGNORE), label.name
-    assert set(table[[i for i in range(256) if i not in {label.id for label in official}]]) == {cityscapes.UNKNOWN}
+    assert set(table[[i for i in range(256) if i not in {label.id for label in official}]]) == {
+        cityscapes.UNKNOWN
+    }
     assert len(cityscapes.class_names()) == 19
     assert (cityscapes.class_names()[0], cityscapes.class_names()[18]) == ("road", "bicycle")
     assert cityscapes.colours()[13].tolist() == [0, 0, 142]
@@ -79,7 +81,10 @@ def test_wrong_sizes_ids_and_files_are_named(tmp_path: Path) -> None:
     }
     for name, (picture, ids, message) in cases.items():
         write_pair(tmp_path, f"train/{name}/{name}_0", picture, ids)
-        files = (f"leftImg8bit/train/{name}/{name}_0_leftImg8bit.png", f"gtFine/train/{name}/{name}_0_gtFine_labelIds.png")
+        files = (
+            f"leftImg8bit/train/{name}/{name}_0_leftImg8bit.png",
+            f"gtFine/train/{name}/{name}_0_gtFine_labelIds.png",
+        )
         with pytest.raises(DataError, match=message) as caught:
             cityscapes.inspect(tmp_path, cityscapes.Found("train", files))
         assert f"{name}_0_gtFine_labelIds.png" in str(caught.value)
@@ -100,7 +105,9 @@ def test_rows_count_the_pixels(root: Path) -> None:
 def test_generated_streets_show_every_class(tmp_path: Path) -> None:
     from pipeline.data.scenes import street
 
-    shares = [np.bincount(street(np.random.default_rng(i), 64, 128)[1].ravel(), minlength=34) for i in range(40)]
+    shares = [
+        np.bincount(street(np.random.default_rng(i), 64, 128)[1].ravel(), minlength=34) for i in range(40)
+    ]
     ids = np.array([label.id for label in official if 0 <= label.trainId < 19])
     assert (np.stack(shares)[:, ids] > 0).sum(0).min() >= 5
     assert all(share[cityscapes.train_ids()[:34] == IGNORE].sum() > 0 for share in shares[:3])
@@ -155,7 +162,9 @@ def test_samples_do_not_depend_on_batch_or_workers_but_on_the_epoch(root: Path, 
     assert torch.equal(targets[1], alone[1][0])
     assert not torch.equal(alone[0], dataset[Keys(2, [0])][0])
     runs = [
-        torch.cat([images for images, _ in batches(dataset, 1, seed=0, epoch=0, shuffle=True, workers=workers)])
+        torch.cat(
+            [images for images, _ in batches(dataset, 1, seed=0, epoch=0, shuffle=True, workers=workers)]
+        )
         for workers in (0, 2)
     ]
     assert torch.equal(*runs)
@@ -174,7 +183,9 @@ def test_the_official_zips_become_the_tree(root: Path, tmp_path: Path) -> None:
     assert cityscapes.find(user) == cityscapes.find(root)
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "gtFine/train/../../evil.png", "gtFine/train/x/evil.sh", "link"])
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/evil.png", "gtFine/train/../../evil.png", "gtFine/train/x/evil.sh", "link"]
+)
 def test_zips_that_reach_outside_are_refused(tmp_path: Path, name: str) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -189,7 +200,9 @@ def test_zips_that_reach_outside_are_refused(tmp_path: Path, name: str) -> None:
     assert not (root / "gtFine").exists()
 
 
-def test_download_wants_an_account_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_wants_an_account_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CITYSCAPES_USERNAME", raising=False)
     with pytest.raises(DataError, match="CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD"):
         cityscapes.download(tmp_path)

@@ -40,7 +40,9 @@ def outputs(name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", PARAMS)
-def test_outputs_and_the_same_bytes_again(name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_and_the_same_bytes_again(
+    name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare.run(name, PARAMS[name], machine)
     first = outputs(name)
     assert set(first) == set(prepare.OUTPUTS)
@@ -75,11 +77,18 @@ def test_only_what_changed_is_read_again(machine: Machine, monkeypatch: pytest.M
     Image.new("RGB", (50, 40), "red").save(changed, "JPEG")
     read = []
     inspect = prepare.imagenet.inspect
-    monkeypatch.setattr(prepare.imagenet, "inspect", lambda root, found: read.append(found) or inspect(root, found))
+    monkeypatch.setattr(
+        prepare.imagenet, "inspect", lambda root, found: read.append(found) or inspect(root, found)
+    )
     prepare.run("imagenet", folder, machine)
-    assert [root.files[0] for root in read] == [changed.relative_to(machine.root / "data/imagenet").as_posix()]
+    assert [root.files[0] for root in read] == [
+        changed.relative_to(machine.root / "data/imagenet").as_posix()
+    ]
     assert outputs("imagenet")["manifest.csv"] != before["manifest.csv"]
-    assert json.loads(outputs("imagenet")["summary.json"])["counts"] == json.loads(before["summary.json"])["counts"]
+    assert (
+        json.loads(outputs("imagenet")["summary.json"])["counts"]
+        == json.loads(before["summary.json"])["counts"]
+    )
 
 
 def test_a_manifest_does_not_depend_on_where_the_data_lie(machine: Machine, tmp_path: Path) -> None:
@@ -92,7 +101,9 @@ def test_a_manifest_does_not_depend_on_where_the_data_lie(machine: Machine, tmp_
     assert outputs("cityscapes")["manifest.csv"] == before
 
 
-@pytest.mark.parametrize(("name", "missing"), [("cifar10", "data_batch_1"), ("imagenet", "train"), ("cityscapes", "train")])
+@pytest.mark.parametrize(
+    ("name", "missing"), [("cifar10", "data_batch_1"), ("imagenet", "train"), ("cityscapes", "train")]
+)
 def test_missing_data_are_one_line_that_names_the_place(name: str, missing: str, machine: Machine) -> None:
     with pytest.raises(DataError, match=f"{missing}: no such") as caught:
         prepare.run(name, PrepareParams(source="folder"), machine)
@@ -125,7 +136,8 @@ def test_the_stage_does_not_import_torch(machine: Machine) -> None:
         "import sys; from pathlib import Path\n"
         "from pipeline.stages import prepare; from pipeline.machine import Machine\n"
         "from pipeline.params import PrepareParams; from pipeline.data.generated import GeneratedCityscapes\n"
-        "p = PrepareParams(source='generated', generated=GeneratedCityscapes(train=1, val=1, height=32, width=64))\n"
+        "drawn = GeneratedCityscapes(train=1, val=1, height=32, width=64)\n"
+        "p = PrepareParams(source='generated', generated=drawn)\n"
         "prepare.run('cityscapes', p, Machine(root=Path.cwd())); assert 'torch' not in sys.modules\n"
     )
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -42,7 +42,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy's array reconstruction while unpickling: takes the shape and the bytes, runs nothing."""
+    """Stands for numpy's arrays while unpickling: takes the shape and the bytes, runs nothing."""
 
     def __init__(self, *_: Any) -> None:
         self.value = np.empty((0,), np.uint8)
@@ -70,7 +70,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the few globals of a CIFAR-10 batch, each replaced by a harmless stand-in, and refuses all others."""
+    """Knows the few globals of a CIFAR-10 batch by harmless stand-ins, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -79,7 +79,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_batch(content: bytes, file: Path) -> dict[bytes, Any]:
-    """Return the dictionary of a batch file (keys are byte strings, b"data" an array); `file` is for the errors."""
+    """Return the dictionary of a batch file (keys are byte strings); `file` is for the errors."""
     try:
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a broken pickle raises almost anything
@@ -110,8 +110,8 @@ def find(root: Path) -> list[Found]:
     for name in (*BATCHES, "batches.meta"):
         if not (root / FOLDER / name).is_file():
             raise DataError(
-                f"{root / FOLDER / name}: no such file; put CIFAR-10's folder {FOLDER} (or {ARCHIVE}) into {root}, "
-                "or set prepare.cifar10.source to download or generated"
+                f"{root / FOLDER / name}: no such file; put CIFAR-10's folder {FOLDER} (or {ARCHIVE}) "
+                f"into {root}, or set prepare.cifar10.source to download or generated"
             )
     return [Found(split, (f"{FOLDER}/{name}",)) for name, split in BATCHES.items()]
 
@@ -123,7 +123,9 @@ def inspect(root: Path, found: Found) -> Row:
     images, labels = images_and_labels(content, root / path)
     counts = np.bincount(labels, minlength=len(CLASSES)).tolist()
     row: Row = {"path": path, "split": found.split, "images": len(images), "width": 32, "height": 32}
-    return row | dict(zip(CLASSES, counts, strict=True)) | {"bytes": len(content), "checksum": checksum(content)}
+    return (
+        row | dict(zip(CLASSES, counts, strict=True)) | {"bytes": len(content), "checksum": checksum(content)}
+    )
 
 
 def check(root: Path, rows: list[Row]) -> None:
@@ -156,7 +158,9 @@ def unpack(root: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                name = re.fullmatch(rf"{FOLDER}/(data_batch_[1-5]|test_batch|batches\.meta|readme\.html)", member.name)
+                name = re.fullmatch(
+                    rf"{FOLDER}/(data_batch_[1-5]|test_batch|batches\.meta|readme\.html)", member.name
+                )
                 content = tar.extractfile(member) if name and member.isreg() else None
                 if name and content:
                     (partial / name[1]).write_bytes(content.read())
@@ -196,7 +200,7 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
 
 
 class Cifar10:
-    """A split of CIFAR-10 in memory; `dataset[keys]` is a whole batch (images (B, 3, 32, 32), labels (B,))."""
+    """A split of CIFAR-10 in memory; `dataset[keys]` is a batch: images (B, 3, 32, 32), labels (B,)."""
 
     classes = len(CLASSES)
 
@@ -233,7 +237,7 @@ class Cifar10:
         draws = [draw(self.seed, keys.epoch, index).integers(0, (9, 9, 2)) for index in keys.indices]
         top, left, flip = torch.from_numpy(np.stack(draws)).unbind(1)
         ramp = torch.arange(32)
-        rows = top[:, None] + ramp                                                  # (B, 32)
+        rows = top[:, None] + ramp  # (B, 32)
         columns = left[:, None] + torch.where(flip[:, None] > 0, ramp.flip(0), ramp)
         padded = pad(images, [PADDING] * 4)
         batch = torch.arange(len(images))[:, None, None]
@@ -243,13 +247,15 @@ class Cifar10:
 def open_cifar10(
     root: Path, manifest: Path, split: str, *, augment: bool, seed: int, limit: int | None = None
 ) -> Cifar10:
-    """Load a split (train or test; its first `limit` images) after checking its files against the manifest."""
+    """Load a split (train or test; its first `limit` images), its files checked against the manifest."""
     rows = Manifest.read(manifest).split(split)
     parts = []
     for path, size, expected in zip(rows["path"], rows["bytes"], rows["checksum"], strict=True):
         content = read_bytes(root, path, int(size))
         if checksum(content) != expected:
-            raise DataError(f"{root / path}: not the file of the manifest; run `python -m pipeline prepare cifar10`")
+            raise DataError(
+                f"{root / path}: not the file of the manifest; run `python -m pipeline prepare cifar10`"
+            )
         parts.append(images_and_labels(content, root / path))
     images, labels = (np.concatenate(part)[:limit] for part in zip(*parts, strict=True))
     return Cifar10(images, labels, augment=augment, seed=seed)

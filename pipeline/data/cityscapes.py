@@ -1,4 +1,4 @@
-"""Cityscapes in its official tree (or zips): pairs found from the tree, label ids mapped to the 19 train ids."""
+"""Cityscapes in its official tree (or zips): pairs found from the tree, label ids made train ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.data.manifest import DataError, Found, Manifest, Row, checksum, files, folders, image_size, read_bytes
+from pipeline.data.manifest import (
+    DataError,
+    Found,
+    Manifest,
+    Row,
+    checksum,
+    files,
+    folders,
+    image_size,
+    read_bytes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +66,7 @@ def colours() -> np.ndarray:
 
 @cache
 def train_ids() -> np.ndarray:
-    """Return the table (256,) from label id to train id: 0 to 18, 255 ignored, 254 for ids that do not exist."""
+    """Return the table (256,) from label id to train id: 0 to 18, 255 ignored, 254 if there is no such id."""
     from cityscapesscripts.helpers.labels import labels
 
     table = np.full(256, UNKNOWN, np.uint8)
@@ -70,12 +80,14 @@ def read_label(root: Path, path: str, content: bytes) -> np.ndarray:
     """Return a labelIds picture as train ids (H, W) uint8; ids outside the official table are an error."""
     import cv2
 
-    ids = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    ids: np.ndarray | None = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if ids is None or ids.ndim != 2 or ids.dtype != np.uint8:
         raise DataError(f"{root / path}: not a readable one-channel 8-bit picture of label ids")
-    target = train_ids()[ids]
+    target = np.take(train_ids(), ids)
     if (target == UNKNOWN).any():
-        raise DataError(f"{root / path}: label id {int(ids[target == UNKNOWN][0])} is none of Cityscapes' label ids")
+        raise DataError(
+            f"{root / path}: label id {int(ids[target == UNKNOWN][0])} is none of Cityscapes' label ids"
+        )
     return target
 
 
@@ -89,9 +101,15 @@ def find(root: Path) -> list[Found]:
         images = _stems(root, IMAGES, split, IMAGE_END)
         labels = _stems(root, LABELS, split, LABEL_END)
         for stem in sorted(images ^ labels):
-            lacking = f"{LABELS}/{split}/{stem}{LABEL_END}" if stem in images else f"{IMAGES}/{split}/{stem}{IMAGE_END}"
+            lacking = (
+                f"{LABELS}/{split}/{stem}{LABEL_END}"
+                if stem in images
+                else f"{IMAGES}/{split}/{stem}{IMAGE_END}"
+            )
             raise DataError(f"{root / lacking}: no such file, but its partner is there")
-        pairs = [(f"{IMAGES}/{split}/{s}{IMAGE_END}", f"{LABELS}/{split}/{s}{LABEL_END}") for s in sorted(images)]
+        pairs = [
+            (f"{IMAGES}/{split}/{s}{IMAGE_END}", f"{LABELS}/{split}/{s}{LABEL_END}") for s in sorted(images)
+        ]
         if not pairs:
             raise DataError(f"{root / IMAGES / split}: no city folder with *{IMAGE_END} in it")
         found += [Found(split, pair) for pair in pairs]
@@ -99,7 +117,7 @@ def find(root: Path) -> list[Found]:
 
 
 def _stems(root: Path, kind: str, split: str, end: str) -> set[str]:
-    """Return `<city>/<city>_<sequence>_<frame>` of each file of a kind; other kinds of files may lie beside them."""
+    """Return `<city>/<city>_<sequence>_<frame>` of each file of a kind; others may lie beside them."""
     folder = root / kind / split
     if not folder.is_dir():
         raise DataError(
@@ -122,7 +140,8 @@ def inspect(root: Path, found: Found) -> Row:
     label_size = image_size(root, label_path, label_content)
     if label_size != (width, height):
         raise DataError(
-            f"{root / label_path}: {label_size[0]} x {label_size[1]} pixels, but its image has {width} x {height}"
+            f"{root / label_path}: {label_size[0]} x {label_size[1]} pixels, "
+            f"but its image has {width} x {height}"
         )
     pixels = np.bincount(read_label(root, label_path, label_content).ravel(), minlength=256)
     row: Row = {"path": path, "label_path": label_path, "split": found.split, "city": path.split("/")[2]}
@@ -155,7 +174,7 @@ def unpack(root: Path) -> None:
 
 
 def _unpack(root: Path, kind: str, archive: Path) -> None:
-    """Write the zip's files of one kind; every name is matched whole, so nothing can land outside the folder."""
+    """Write the zip's files of one kind; names are matched whole: nothing can land outside the folder."""
     from rich.progress import track
 
     partial = root / f"{kind}.partial"
@@ -167,7 +186,9 @@ def _unpack(root: Path, kind: str, archive: Path) -> None:
                 if member.is_dir() or member.filename in ("README", "license.txt"):
                     continue
                 if name is None or member.external_attr >> 28 not in (0, 8):
-                    raise DataError(f"{archive}: holds {member.filename!r}, which the official archive does not")
+                    raise DataError(
+                        f"{archive}: holds {member.filename!r}, which the official archive does not"
+                    )
                 (partial / name[1]).parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as file, (partial / name[1]).open("wb") as out:
                     shutil.copyfileobj(file, out)
@@ -177,10 +198,12 @@ def _unpack(root: Path, kind: str, archive: Path) -> None:
 
 
 def download(root: Path) -> None:
-    """Fetch the two zips with the official downloader and the account that the environment names, unless there."""
+    """Fetch the zips that lack with the official downloader and the account the environment names."""
     import subprocess
 
-    wanted = [name for kind, name in ARCHIVES.items() if not (root / kind).exists() and not (root / name).exists()]
+    wanted = [
+        name for kind, name in ARCHIVES.items() if not (root / kind).exists() and not (root / name).exists()
+    ]
     if wanted:
         account = [os.environ.get(key) for key in ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD")]
         if not all(account):
@@ -189,7 +212,7 @@ def download(root: Path) -> None:
                 f"https://www.cityscapes-dataset.com, or put {' and '.join(wanted)} there by hand"
             )
         root.mkdir(parents=True, exist_ok=True)
-        # The tool asks for name, password and whether to store them; the password it reads from a terminal alone.
+        # The tool asks for name, password and whether to store them, the password from a terminal alone.
         code = (
             "import getpass, os, builtins\n"
             "from cityscapesscripts.download import downloader\n"
@@ -205,12 +228,14 @@ def download(root: Path) -> None:
 
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
-    """Return (city, [image, labels in colour, image, ...]) of `each` training scenes, spread over the split."""
+    """Return (city, [image, image with labels]) of `2 * each` training scenes, spread over the split."""
     train = [row for row in rows if row["split"] == "train"]
     chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, 2 * each).astype(int))]
     pictures = []
     for row in chosen:
-        image, label = read_pair(root, str(row["path"]), str(row["label_path"]), int(row["bytes"]), int(row["label_bytes"]))
+        image, label = read_pair(
+            root, str(row["path"]), str(row["label_path"]), int(row["bytes"]), int(row["label_bytes"])
+        )
         pictures.append((str(row["city"]), [image, (image * 0.3 + colours()[label] * 0.7).astype(np.uint8)]))
     return pictures
 
@@ -248,7 +273,7 @@ def resized(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tu
 def augmented(
     image: np.ndarray, label: np.ndarray, crop: tuple[int, int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale by 0.5, 0.6, ... 2.1, cut `crop` (h, w) at random (padded with black and 255), flip every second."""
+    """Scale by 0.5, 0.6, ... 2.1, cut `crop` (h, w) at random (padded with black and 255), flip or not."""
     scale = 0.5 + 0.1 * int(rng.integers(0, 17))
     image, label = resized(image, label, round(image.shape[0] * scale), round(image.shape[1] * scale))
     image, label = cut(image, label, crop, rng)
@@ -270,7 +295,7 @@ def cut(
 
 
 class Cityscapes:
-    """A split of Cityscapes; `dataset[keys]` reads a whole batch (images (B, 3, H, W), train ids (B, H, W))."""
+    """A split of Cityscapes; `dataset[keys]` reads a batch: images (B, 3, H, W), train ids (B, H, W)."""
 
     def __init__(
         self,
@@ -304,7 +329,7 @@ class Cityscapes:
         sizes = {label.shape for _, label in pairs}
         if len(sizes) > 1:
             raise DataError(
-                f"{self.root}: pictures of several sizes in one batch ({', '.join(map(str, sorted(sizes)))}); "
+                f"{self.root}: pictures of several sizes in a batch: {', '.join(map(str, sorted(sizes)))}; "
                 "set test_size or a batch of 1"
             )
         images = torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2).float() / 255
@@ -334,8 +359,8 @@ def open_cityscapes(
 ) -> Cityscapes:
     """Open a split (train or val) through its manifest.
 
-    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`; without, the whole
-    picture, resized to `test_size` (h, w) where given.
+    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`; without, the
+    whole picture, resized to `test_size` (h, w) where given.
     """
     if augment and crop is None:
         raise ValueError("augmentation needs a crop")

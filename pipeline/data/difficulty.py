@@ -1,6 +1,6 @@
 """How hard the generated sets are: simple classifiers beside a small trained network, as a table.
 
-A set is a gift if pixels, colours or places alone give the answer away, and noise if a network cannot find it.
+A set is a gift if pixels, colours or places alone tell the answer, and noise if a network cannot find it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,14 @@ def run(name: str, machine: Machine) -> None:
             lines, measure = of_cityscapes(root, machine.device), "pixel accuracy (val)"
         case _:
             raise DataError(f"{name}: difficulty is measured of cifar10 and cityscapes")
-    table = Table("model", measure, "required", "holds", title=f"Difficulty of the generated {name}", title_justify="left")
+    table = Table(
+        "model",
+        measure,
+        "required",
+        "holds",
+        title=f"Difficulty of the generated {name}",
+        title_justify="left",
+    )
     for line in lines:
         table.add_row(line.model, f"{line.accuracy:.1%}", line.required, "yes" if line.holds else "NO")
     Console().print(table)
@@ -138,7 +145,9 @@ def _fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * steps, pct_start=0.1)
     for number in track(range(epochs), "Training", transient=True):
         for images, targets in epoch(number):
-            loss = cross_entropy(_logits(network, images.to(device)), targets.to(device), ignore_index=cityscapes.IGNORE)
+            loss = cross_entropy(
+                _logits(network, images.to(device)), targets.to(device), ignore_index=cityscapes.IGNORE
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -162,14 +171,16 @@ def of_cityscapes(root: Path, device: str = "cpu", epochs: int = 30) -> list[Mea
     network = _segment(train, val, epochs, device)
     return [
         Measured("commonest class of each place", place, "10 points under", network - place >= SCENES_APART),
-        Measured("commonest class of each colour", colour, "10 points under", network - colour >= SCENES_APART),
+        Measured(
+            "commonest class of each colour", colour, "10 points under", network - colour >= SCENES_APART
+        ),
         Measured(f"small conv net, {epochs} epochs", network, "", True),
     ]
 
 
 def _scenes(root: Path, found: list[Found], split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the images (N, H, W, 3) and train ids (N, H, W) of a split."""
-    pairs = [cityscapes.read_pair(root, *one.files) for one in found if one.split == split]
+    pairs = [cityscapes.read_pair(root, one.files[0], one.files[1]) for one in found if one.split == split]
     images, labels = (np.stack(part) for part in zip(*pairs, strict=True))
     return images, labels
 
@@ -218,7 +229,9 @@ def _segment(
     network = _small_network(len(cityscapes.class_names()))
     _fit(network, epoch, epochs, math.ceil(len(images) / batch), 3e-3, 1e-2, device)
     with torch.no_grad():
-        predicted = [network(part.to(device)).argmax(1).cpu().numpy() for part in _tensors(*val)[0].split(batch)]
+        predicted = [
+            network(part.to(device)).argmax(1).cpu().numpy() for part in _tensors(*val)[0].split(batch)
+        ]
     return _accuracy(np.concatenate(predicted), val[1])
 
 

@@ -1,6 +1,7 @@
 """Data sets drawn with OpenCV, written in the real formats, a function of a seed.
 
-They stand in for data that a user may not have: neither noise nor a gift (`python -m pipeline difficulty` measures it).
+They stand in for data that a user may not have: neither noise nor a gift, as `python -m pipeline difficulty`
+measures.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ Generated = GeneratedCifar10 | GeneratedImageNet | GeneratedCityscapes
 
 
 def ensure(root: Path, params: Generated) -> None:
-    """Draw the set into `root` unless it lies there whole and unchanged; never touch a folder that is not ours.
+    """Draw the set into `root` unless it lies there whole and unchanged; never touch other data.
 
     Raises:
         DataError: `root` holds other data, or a file that was not drawn.
@@ -100,9 +101,13 @@ def _is_whole(root: Path, marker: Path, recipe: dict) -> bool:
         return False
     if drawn["recipe"] != recipe:
         return False
-    present = {str(path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file()} - {MARKER}
+    present = {str(path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file()} - {
+        MARKER
+    }
     for path in sorted(present - set(drawn["files"])):
-        raise DataError(f"{root / path}: not one of the generated files; move it away, or set the source to folder")
+        raise DataError(
+            f"{root / path}: not one of the generated files; move it away, or set the source to folder"
+        )
     if present != set(drawn["files"]):
         return False
     touched = False
@@ -158,8 +163,14 @@ def _rng(*key: int) -> np.random.Generator:
 def _cifar10(params: GeneratedCifar10) -> Iterator[dict[str, bytes]]:
     from pipeline.data.objects import small_picture
 
-    train, test = (_rng(params.seed, 1, i).permutation(np.arange(n) % 10) for i, n in enumerate((params.train, params.test)))
-    batches = [(f"data_batch_{i}", f"training batch {i} of 5", part) for i, part in enumerate(np.array_split(train, 5), 1)]
+    train, test = (
+        _rng(params.seed, 1, i).permutation(np.arange(n) % 10)
+        for i, n in enumerate((params.train, params.test))
+    )
+    batches = [
+        (f"data_batch_{i}", f"training batch {i} of 5", part)
+        for i, part in enumerate(np.array_split(train, 5), 1)
+    ]
     first = 0
     for name, title, part in [*batches, ("test_batch", "testing batch 1 of 1", test)]:
         labels, size = part.tolist(), len(part)
@@ -178,7 +189,11 @@ def _cifar10(params: GeneratedCifar10) -> Iterator[dict[str, bytes]]:
         first += size
         files = {f"{FOLDER}/{name}": python2_pickle(batch)}
         if name == "test_batch":
-            meta = {b"num_cases_per_batch": len(batches[0][2]), b"label_names": [c.encode() for c in CLASSES], b"num_vis": 3072}
+            meta = {
+                b"num_cases_per_batch": len(batches[0][2]),
+                b"label_names": [c.encode() for c in CLASSES],
+                b"num_vis": 3072,
+            }
             files[f"{FOLDER}/batches.meta"] = python2_pickle(meta)
         yield files
 
@@ -200,7 +215,11 @@ def _imagenet(params: GeneratedImageNet) -> Iterator[dict[str, bytes]]:
                 code = cv2.COLOR_RGB2GRAY if rng.random() < 0.1 else cv2.COLOR_RGB2BGR
                 quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))]
                 content = cv2.imencode(".jpg", cv2.cvtColor(picture, code), quality)[1].tobytes()
-                name = f"{wnid}_{i}" if split == "train" else f"ILSVRC2012_val_{label * number + i - start + 1:08d}"
+                name = (
+                    f"{wnid}_{i}"
+                    if split == "train"
+                    else f"ILSVRC2012_val_{label * number + i - start + 1:08d}"
+                )
                 yield {f"{split}/{wnid}/{name}.JPEG": content}
 
 
@@ -246,7 +265,9 @@ def _pickled(value: object) -> bytes:
         case bytes():
             return b"T" + struct.pack("<i", len(value)) + value
         case np.ndarray() if value.dtype == np.uint8:
-            blank = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + _pickled(0) + b"\x85U\x01b\x87R"
+            blank = (
+                b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + _pickled(0) + b"\x85U\x01b\x87R"
+            )
             dtype = b"cnumpy\ndtype\nU\x02u1" + _pickled(0) + _pickled(1) + b"\x87R"
             dtype += b"(" + _pickled(3) + b"U\x01|NNN" + _pickled(-1) + _pickled(-1) + _pickled(0) + b"tb"
             shape = b"(" + b"".join(map(_pickled, value.shape)) + b"t"

@@ -1,4 +1,4 @@
-"""ImageNet in its tree `{train,val}/<wnid>/*.JPEG`, unpacked from the official archives where those lie instead."""
+"""ImageNet in its tree `{train,val}/<wnid>/*.JPEG`, unpacked from the official archives if need be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.data.manifest import DataError, Found, Manifest, Row, checksum, files, folders, image_size, read_bytes
+from pipeline.data.manifest import (
+    DataError,
+    Found,
+    Manifest,
+    Row,
+    checksum,
+    files,
+    folders,
+    image_size,
+    read_bytes,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +58,9 @@ def find(root: Path) -> list[Found]:
                 raise DataError(f"{root / split / name}: a class folder without images")
             for image in images:
                 if not image.lower().endswith((".jpeg", ".jpg")):
-                    raise DataError(f"{root / split / name / image}: not a .JPEG file; move it out of the data set")
+                    raise DataError(
+                        f"{root / split / name / image}: not a .JPEG file; move it out of the data set"
+                    )
                 found.append(Found(split, (f"{split}/{name}/{image}",)))
     return found
 
@@ -58,7 +70,13 @@ def inspect(root: Path, found: Found) -> Row:
     path = found.files[0]
     content = read_bytes(root, path)
     width, height = image_size(root, path, content)
-    row: Row = {"path": path, "split": found.split, "class": path.split("/")[1], "width": width, "height": height}
+    row: Row = {
+        "path": path,
+        "split": found.split,
+        "class": path.split("/")[1],
+        "width": width,
+        "height": height,
+    }
     return row | {"bytes": len(content), "checksum": checksum(content)}
 
 
@@ -100,8 +118,8 @@ def _unpack(root: Path, split: str, archive: str, how) -> None:  # noqa: ANN001
 def _members(archive: Path, content: IO[bytes] | None, pattern: str):  # noqa: ANN202
     """Yield (name, open file) of a tar; anything that is not a plain file named as expected is refused.
 
-    Names are matched whole against `pattern`, which knows no slash: nothing can land outside its folder, and links
-    and devices are no plain files.
+    Names are matched whole against `pattern`, which knows no slash: nothing can land outside its folder, and
+    links and devices are no plain files.
     """
     with tarfile.open(archive if content is None else None, fileobj=content) as tar:
         for member in tar:
@@ -115,7 +133,9 @@ def _unpack_train(root: Path, target: Path) -> None:
     from rich.progress import track
 
     archive = root / TRAIN_ARCHIVE
-    for name, content in track(_members(archive, None, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"):
+    for name, content in track(
+        _members(archive, None, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"
+    ):
         wnid = name.removesuffix(".tar")
         (target / wnid).mkdir()
         for image, file in _members(archive, content, rf"{wnid}_\d+\.JPEG"):
@@ -131,7 +151,9 @@ def _unpack_val(root: Path, target: Path) -> None:
     for wnid in set(wnids):
         (target / wnid).mkdir()
     for name, file in track(
-        _members(archive, None, r"ILSVRC2012_val_\d{8}\.JPEG"), "Unpacking ImageNet's validation images", len(wnids)
+        _members(archive, None, r"ILSVRC2012_val_\d{8}\.JPEG"),
+        "Unpacking ImageNet's validation images",
+        len(wnids),
     ):
         number = int(name[-13:-5])
         if not 1 <= number <= len(wnids):
@@ -154,10 +176,14 @@ def validation_wnids(devkit: Path) -> list[str]:
                 if file:
                     content[name] = file.read()
         synsets = loadmat(io.BytesIO(content[wanted[0]]), squeeze_me=True)["synsets"]
-        wnid = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if not entry["num_children"]}
+        wnid = {
+            int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if not entry["num_children"]
+        }
         wnids = [wnid[int(line)] for line in content[wanted[1]].split()]
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{devkit}: cannot be read ({error}); the validation images need it for their labels") from None
+        raise DataError(
+            f"{devkit}: cannot be read ({error}); the validation images need it for their labels"
+        ) from None
     except (KeyError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise DataError(f"{devkit}: not the devkit of ILSVRC 2012, task 1 and 2 ({error!r})") from None
     for name in wnids:
@@ -168,10 +194,14 @@ def validation_wnids(devkit: Path) -> list[str]:
 
 def download(root: Path) -> None:
     """Say how ImageNet is fetched, which only its user may do, unless it is there."""
-    if not all((root / split).exists() or (root / f"ILSVRC2012_img_{split}.tar").exists() for split in SPLITS):
+    if not all(
+        (root / split).exists() or (root / f"ILSVRC2012_img_{split}.tar").exists() for split in SPLITS
+    ):
         raise DataError(
-            f"{root}: ImageNet cannot be downloaded by a program; log in at https://image-net.org/download-images, accept "
-            f"its terms, put {TRAIN_ARCHIVE}, {VAL_ARCHIVE} and {DEVKIT} there, and set prepare.imagenet.source to folder"
+            f"{root}: ImageNet cannot be downloaded by a program; log in at "
+            "https://image-net.org/download-images, accept its terms, "
+            f"put {TRAIN_ARCHIVE}, {VAL_ARCHIVE} and {DEVKIT} there, "
+            "and set prepare.imagenet.source to folder"
         )
     unpack(root)
 

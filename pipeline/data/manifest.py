@@ -21,12 +21,12 @@ Row = dict[str, str | int]
 
 
 class DataError(Exception):
-    """Something about the data is not as it must be; the message is one line and names the file and the cure."""
+    """The data are not as they must be; the message is one line and names the file and the cure."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A row to be, before anyone has read its files: paths relative to the data root (image first, then label)."""
+    """A row to be, its files not read yet: paths relative to the data root (image first, then label)."""
 
     split: str
     files: tuple[str, ...]
@@ -45,9 +45,13 @@ class Manifest:
             with path.open(newline="", encoding="utf-8") as file:
                 names, *rows = csv.reader(file)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: no manifest to read ({error}); run `python -m pipeline prepare` first") from None
+            raise DataError(
+                f"{path}: no manifest to read ({error}); run `python -m pipeline prepare` first"
+            ) from None
         if not rows or any(len(row) != len(names) for row in rows):
-            raise DataError(f"{path}: not a manifest, or an empty one; run `python -m pipeline prepare` again")
+            raise DataError(
+                f"{path}: not a manifest, or an empty one; run `python -m pipeline prepare` again"
+            )
         return cls(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
     def __getitem__(self, column: str) -> list[str]:
@@ -67,10 +71,12 @@ class Manifest:
 
 
 def data_root(name: str, source: str, machine: Machine) -> Path:
-    """Return where the set `name` lies: what the environment says, else data/generated/<set> or data/<set>."""
+    """Return where the set lies: what the environment says, else data/generated/<set> or data/<set>."""
     if name in machine.data_roots:
         return machine.data_roots[name]
-    return machine.root / "data" / "generated" / name if source == "generated" else machine.root / "data" / name
+    return (
+        machine.root / "data" / "generated" / name if source == "generated" else machine.root / "data" / name
+    )
 
 
 def checksum(content: bytes) -> str:
@@ -84,7 +90,7 @@ def code_digest(files: Iterable[str | None]) -> str:
 
 
 def read_bytes(root: Path, path: str, size: int | None = None) -> bytes:
-    """Return a file's content; an unreadable file, or one not of the manifest's `size`, is an error naming it."""
+    """Return a file's content; if it is unreadable or not of the manifest's `size`, an error names it."""
     try:
         content = (root / path).read_bytes()
     except OSError as error:
@@ -98,7 +104,7 @@ def read_bytes(root: Path, path: str, size: int | None = None) -> bytes:
 
 
 def image_size(root: Path, path: str, content: bytes) -> tuple[int, int]:
-    """Decode an image to its last byte and return its (width, height); one that is cut off or broken is an error."""
+    """Decode an image to its end and return its (width, height); if it is broken, an error names it."""
     import io
 
     from PIL import Image
@@ -106,9 +112,13 @@ def image_size(root: Path, path: str, content: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             size = image.size
-            image.draft("L", (1, 1))  # a JPEG is read to its end all the same, only its pixels are not all made
+            image.draft(
+                "L", (1, 1)
+            )  # a JPEG is read to its end all the same, only its pixels are not all made
             image.load()
-    except Exception as error:  # PIL raises whatever its decoders meet: OSError, SyntaxError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # PIL raises whatever its decoders meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{root / path}: not a readable image ({error})") from None
     return size
 

@@ -1,8 +1,10 @@
-"""Ten kinds of objects, drawn so that shape tells them apart while colour, place, light and background do not.
+"""Ten kinds of objects, drawn so that shape tells them apart, not colour, place, light or background.
 
-An object is a list of parts in its own frame (x to the right, y down, about -1 to 1); `draw_object` places, colours,
+An object is a list of parts in its own frame (x to the right, y down,
+                                               about -1 to 1); `draw_object` places, colours,
 lights and textures it. The ten are CIFAR-10's; the ImageNet stand-ins are larger pictures of the same.
 """
+# fmt: off: outlines read as lists of points
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ Array = np.ndarray
 Rng = np.random.Generator
 Points = list[tuple[float, float]]
 
-COAT, SECOND, DARK, GLASS, FAR = range(5)  # what a part is painted with; FAR is the coat on the side turned away
+COAT, SECOND, DARK, GLASS, FAR = range(5)  # what a part is painted with; FAR: the coat, turned away
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def blob(points: Points) -> Array:
     p0, p2, p3 = np.roll(p1, 1, 0), np.roll(p1, -1, 0), np.roll(p1, -2, 0)
     t = np.linspace(0, 1, 6, endpoint=False, dtype=np.float32)[None, :, None]
     p0, p1, p2, p3 = (p[:, None] for p in (p0, p1, p2, p3))
-    curve = 2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3
-    return (curve / 2).reshape(-1, 2)
+    square, cube = 2 * p0 - 5 * p1 + 4 * p2 - p3, 3 * p1 - p0 - 3 * p2 + p3
+    return ((2 * p1 + (p2 - p0) * t + square * t**2 + cube * t**3) / 2).reshape(-1, 2)
 
 
 def oval(x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> Array:
@@ -112,11 +114,14 @@ def automobile(j: Jitter) -> list[Part]:
     front, back = j(0.26), j(0.62)
     r = j(0.21)
     return [
-        Part(blob([(-0.95, floor), (-1.0, belt + 0.1), (-0.9, belt - 0.03), (-back, belt - 0.02), (-back + 0.22, roof),
+        Part(blob([(-0.95, floor), (-1.0, belt + 0.1), (-0.9, belt - 0.03), (-back, belt - 0.02),
+                   (-back + 0.22, roof),
                    (0.05, roof - 0.03), (front, roof + 0.06), (front + 0.24, belt), (0.85, belt + 0.08),
                    (1.0, belt + 0.22), (0.98, floor)])),
-        Part(corners([(-back + 0.1, belt), (-back + 0.26, roof + 0.08), (-0.06, roof + 0.06), (-0.06, belt)]), GLASS),
-        Part(corners([(0.02, belt), (0.02, roof + 0.06), (front - 0.06, roof + 0.1), (front + 0.12, belt)]), GLASS),
+        Part(corners([(-back + 0.1, belt), (-back + 0.26, roof + 0.08), (-0.06, roof + 0.06),
+                      (-0.06, belt)]), GLASS),
+        Part(corners([(0.02, belt), (0.02, roof + 0.06), (front - 0.06, roof + 0.1), (front + 0.12, belt)]),
+             GLASS),
         Part(corners([(-0.98, floor - 0.04), (0.98, floor - 0.04)]), SECOND, 0.07),
         *wheel(-j(0.6), floor + 0.02, r),
         *wheel(j(0.6), floor + 0.02, r),
@@ -131,8 +136,10 @@ def truck(j: Jitter) -> list[Part]:
         Part(box(-1.0, floor - 0.12, 1.0, floor + 0.05), DARK),
         Part(box(-1.0, top, cab - 0.02, floor - 0.06), COAT),
         Part(corners([(-1.0, (top + floor) / 2), (cab - 0.02, (top + floor) / 2)]), FAR, j(0.09)),
-        Part(corners([(cab, floor), (cab, roof), (0.8, roof), (0.94, -0.02), (1.0, 0.04), (1.0, floor)]), SECOND),
-        Part(corners([(cab + 0.14, -0.02), (cab + 0.14, roof + 0.07), (0.77, roof + 0.07), (0.88, -0.02)]), GLASS),
+        Part(corners([(cab, floor), (cab, roof), (0.8, roof), (0.94, -0.02), (1.0, 0.04), (1.0, floor)]),
+             SECOND),
+        Part(corners([(cab + 0.14, -0.02), (cab + 0.14, roof + 0.07), (0.77, roof + 0.07), (0.88, -0.02)]),
+             GLASS),
         *wheel(-0.75, floor + 0.06, r),
         *wheel(-j(0.36), floor + 0.06, r),
         *wheel(j(0.7, 0.06), floor + 0.06, r),
@@ -150,7 +157,8 @@ def ship(j: Jitter) -> list[Part]:
                       (left + 0.54, deck - 2 * height - 0.34), (left + 0.56, deck - 2 * height)]), COAT),
         Part(box(left, deck - height, right, deck + 0.05), SECOND),
         Part(corners([(left + 0.06, deck - height * 0.5), (right - 0.06, deck - height * 0.5)]), GLASS, 0.06),
-        Part(corners([(-1.0, deck), (0.7, deck), (1.0, deck - j(0.16)), (j(0.72), keel), (-j(0.84), keel)]), COAT),
+        Part(corners([(-1.0, deck), (0.7, deck), (1.0, deck - j(0.16)), (j(0.72), keel), (-j(0.84), keel)]),
+             COAT),
         Part(corners([(-0.84, keel - 0.05), (0.7, keel - 0.05)]), DARK, 0.1),
     ]
 
@@ -163,7 +171,8 @@ def bird(j: Jitter) -> list[Part]:
         Part(corners([(-0.02, 0.3), (-0.06, 0.85), (0.12, 0.87)]), DARK, 0.06),
         Part(corners([(0.14, 0.3), (0.12, 0.85), (0.3, 0.87)]), DARK, 0.06),
         Part(corners([(-0.35, -0.02), (-0.5 - tail, 0.2), (-0.42 - tail, 0.42), (-0.25, 0.3)]), FAR),
-        Part(corners([(hx + r * 0.7, hy - 0.1), (hx + r + beak, hy + 0.06), (hx + r * 0.7, hy + 0.13)]), SECOND),
+        Part(corners([(hx + r * 0.7, hy - 0.1), (hx + r + beak, hy + 0.06), (hx + r * 0.7, hy + 0.13)]),
+             SECOND),
         Part(blob([(-0.62, 0.12), (-0.3, -0.22), (0.2, -0.36), (hx - r * 0.5, hy - r * 0.6), (hx, hy - r),
                    (hx + r, hy), (hx + r * 0.7, hy + r * 0.8), (0.5, 0.15), (0.15, 0.42), (-0.3, 0.36)])),
         Part(blob([(0.2, -0.12), (0.1, 0.16), (-0.25, 0.24), (-0.72, 0.16), (-0.3, -0.1)]), SECOND),
@@ -176,16 +185,20 @@ def cat(j: Jitter) -> list[Part]:
     r, hy, wide = j(0.34), -j(0.36), j(0.42)
     ear = j(0.36)
     side = 1 if j.often(0.5) else -1
-    tail = [(side * wide * 0.7, 0.7), (side * 0.75, 0.72), (side * j(0.86), 0.35), (side * 0.72, j.between(-0.2, 0.1))]
+    tail = [(side * wide * 0.7, 0.7), (side * 0.75, 0.72), (side * j(0.86), 0.35),
+            (side * 0.72, j.between(-0.2, 0.1))]
     return [
         Part(corners(tail), COAT, j(0.13)),
-        Part(blob([(0, -0.25), (wide * 0.75, 0.05), (wide, 0.6), (wide * 0.7, 0.88), (-wide * 0.7, 0.88), (-wide, 0.6),
+        Part(blob([(0, -0.25), (wide * 0.75, 0.05), (wide, 0.6), (wide * 0.7, 0.88), (-wide * 0.7, 0.88),
+                   (-wide, 0.6),
                    (-wide * 0.75, 0.05)])),
         Part(corners([(-0.1, 0.3), (-0.1, 0.86)]), FAR, 0.05),
         Part(corners([(0.1, 0.3), (0.1, 0.86)]), FAR, 0.05),
-        *[Part(corners([(s * r * 0.15, hy - r * 0.75), (s * r * 0.95, hy - r - ear * 0.6), (s * r * 0.98, hy - r * 0.1)]))
+        *[Part(corners([(s * r * 0.15, hy - r * 0.75), (s * r * 0.95, hy - r - ear * 0.6),
+                        (s * r * 0.98, hy - r * 0.1)]))
           for s in (-1, 1)],
-        *[Part(corners([(s * r * 0.4, hy - r * 0.8), (s * r * 0.85, hy - r - ear * 0.3), (s * r * 0.85, hy - r * 0.5)]),
+        *[Part(corners([(s * r * 0.4, hy - r * 0.8), (s * r * 0.85, hy - r - ear * 0.3),
+                        (s * r * 0.85, hy - r * 0.5)]),
                SECOND) for s in (-1, 1)],
         Part(oval(0, hy, r * 1.12, r)),
         *[Part(oval(s * r * 0.45, hy - r * 0.1, r * 0.17, r * 0.2), GLASS) for s in (-1, 1)],
@@ -206,9 +219,11 @@ def frog(j: Jitter) -> list[Part]:
             Part(corners([(s * 0.26, 0.2), (s * 0.34, 0.58), (s * 0.5, 0.62)]), COAT, 0.11),
         ]
     parts += [
-        Part(blob([(0, -up), (wide * 0.75, -up * 0.75), (wide, 0.1), (wide * 0.6, 0.48), (-wide * 0.6, 0.48), (-wide, 0.1),
+        Part(blob([(0, -up), (wide * 0.75, -up * 0.75), (wide, 0.1), (wide * 0.6, 0.48), (-wide * 0.6, 0.48),
+                   (-wide, 0.1),
                    (-wide * 0.75, -up * 0.75)])),
-        Part(blob([(0, 0.12), (wide * 0.55, 0.2), (wide * 0.45, 0.46), (-wide * 0.45, 0.46), (-wide * 0.55, 0.2)]), SECOND),
+        Part(blob([(0, 0.12), (wide * 0.55, 0.2), (wide * 0.45, 0.46), (-wide * 0.45, 0.46),
+                   (-wide * 0.55, 0.2)]), SECOND),
         Part(corners([(-wide * 0.75, -0.02), (0, 0.08), (wide * 0.75, -0.02)]), DARK, 0.04),
     ]
     for s in (-1, 1):
@@ -220,7 +235,8 @@ def frog(j: Jitter) -> list[Part]:
     return parts
 
 
-def _legs(j: Jitter, fore: float, hind: float, top: float, foot: float, width: float) -> tuple[list[Part], list[Part]]:
+def _legs(j: Jitter, fore: float, hind: float, top: float, foot: float, width: float) -> tuple[list[Part],
+                                                                                               list[Part]]:
     """Return the far and the near pair of legs of a walker."""
     far, near = [], []
     for x in (fore, hind):
@@ -248,10 +264,12 @@ def deer(j: Jitter) -> list[Part]:
         *far,
         *antlers,
         Part(corners([(-0.5, 0.0), (-0.66, j.between(-0.12, 0.1))]), SECOND, 0.1),
-        Part(blob([(-0.55, 0.05), (-0.4, -0.14), (0.1, -0.1), (0.4, -0.16), (0.42, 0.12), (0.1, 0.24), (-0.4, 0.26)])),
+        Part(blob([(-0.55, 0.05), (-0.4, -0.14), (0.1, -0.1), (0.4, -0.16), (0.42, 0.12), (0.1, 0.24),
+                   (-0.4, 0.26)])),
         Part(corners([(0.18, 0.05), (0.42, 0.16), (hx + 0.04, hy + 0.08), (hx - 0.14, hy - 0.06)])),
         Part(corners([(hx - 0.12, hy - 0.02), (hx - 0.3, hy - 0.14)]), COAT, 0.09),
-        Part(blob([(hx - 0.14, hy - 0.08), (hx + 0.05, hy - 0.11), (hx + 0.3, hy + 0.06), (hx + 0.28, hy + 0.14),
+        Part(blob([(hx - 0.14, hy - 0.08), (hx + 0.05, hy - 0.11), (hx + 0.3, hy + 0.06),
+                   (hx + 0.28, hy + 0.14),
                    (hx - 0.04, hy + 0.12)])),
         *near,
     ]
@@ -265,10 +283,12 @@ def horse(j: Jitter) -> list[Part]:
     return [
         *far,
         Part(corners(tail), SECOND, j(0.16)),
-        Part(blob([(-0.68, 0.02), (-0.5, -0.24), (-0.05, -0.16), (0.4, -0.24), (0.52, 0.1), (0.1, 0.32), (-0.4, 0.3)])),
+        Part(blob([(-0.68, 0.02), (-0.5, -0.24), (-0.05, -0.16), (0.4, -0.24), (0.52, 0.1), (0.1, 0.32),
+                   (-0.4, 0.3)])),
         Part(corners([(0.08, -0.1), (0.52, 0.16), (hx + 0.08, hy + 0.12), (hx - 0.2, hy - 0.14)])),
         Part(corners([(0.06, -0.14), (0.3, hy * 0.8), (hx - 0.18, hy - 0.16)]), SECOND, j(0.16)),
-        Part(blob([(hx - 0.2, hy - 0.14), (hx, hy - 0.18), (hx + 0.3, hy + 0.2), (hx + 0.26, hy + 0.34), (hx + 0.12, hy + 0.34),
+        Part(blob([(hx - 0.2, hy - 0.14), (hx, hy - 0.18), (hx + 0.3, hy + 0.2), (hx + 0.26, hy + 0.34),
+                   (hx + 0.12, hy + 0.34),
                    (hx - 0.08, hy + 0.14)])),
         Part(corners([(hx - 0.16, hy - 0.12), (hx - 0.14, hy - 0.34), (hx - 0.02, hy - 0.14)])),
         *near,
@@ -283,12 +303,14 @@ def dog(j: Jitter) -> list[Part]:
     return [
         *far,
         Part(corners(tail), COAT, j(0.11)),
-        Part(blob([(-0.62, 0.1), (-0.5, -0.14), (0.05, -0.1), (0.45, -0.2), (0.56, 0.15), (0.2, 0.36), (-0.4, 0.32)])),
+        Part(blob([(-0.62, 0.1), (-0.5, -0.14), (0.05, -0.1), (0.45, -0.2), (0.56, 0.15), (0.2, 0.36),
+                   (-0.4, 0.32)])),
         Part(corners([(0.18, -0.05), (0.55, 0.2), (hx + 0.16, hy + 0.1), (hx - 0.2, hy - 0.06)])),
         Part(oval(hx, hy, r * 1.05, r * 0.95)),
         Part(blob([(hx + 0.1, hy - 0.06), (hx + 0.44, hy), (hx + 0.46, hy + 0.18), (hx + 0.08, hy + 0.24)])),
         Part(oval(hx + 0.45, hy + 0.03, 0.07, 0.06), DARK),
-        Part(blob([(hx - 0.22, hy - 0.22), (hx - 0.02, hy - 0.16), (hx - 0.06, hy + 0.28), (hx - 0.26, hy + 0.3)]), SECOND),
+        Part(blob([(hx - 0.22, hy - 0.22), (hx - 0.02, hy - 0.16), (hx - 0.06, hy + 0.28),
+                   (hx - 0.26, hy + 0.3)]), SECOND),
         Part(oval(hx + 0.12, hy - 0.07, 0.045, 0.045), DARK),
         *near,
     ]
@@ -320,7 +342,7 @@ def texture(rng: Rng, height: int, width: int, coarsest: int) -> Array:
 
 
 def background(rng: Rng, height: int, width: int) -> Array:
-    """Return a float32 RGB ground (height, width, 3): two textured fields that meet at a line, things lying about."""
+    """Return a float32 RGB ground (height, width, 3): two textured fields that meet, things lying about."""
     upper, lower = colour(rng), colour(rng)
     slope, level = rng.uniform(-0.25, 0.25), rng.uniform(0.3, 1.1)
     y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j].astype(np.float32)
@@ -345,7 +367,8 @@ def _clutter(rng: Rng, picture: Array) -> None:
             points = np.stack([np.cos(angles), np.sin(angles)], 1) * size + centre
             cv2.fillPoly(picture, [points.astype(np.int32)], paint)
         case 1:
-            end = (int(centre[0] + 3 * size * rng.uniform(-1, 1)), int(centre[1] + 3 * size * rng.uniform(-1, 1)))
+            end = (int(centre[0] + 3 * size * rng.uniform(-1, 1)),
+                   int(centre[1] + 3 * size * rng.uniform(-1, 1)))
             cv2.line(picture, centre, end, paint, max(1, size // 5))
         case _:
             cv2.ellipse(picture, (centre, (size * 2, size * rng.uniform(0.6, 2)), rng.uniform(0, 180)), paint,
@@ -353,7 +376,8 @@ def _clutter(rng: Rng, picture: Array) -> None:
 
 
 def draw_object(
-    rng: Rng, picture: Array, kind: str, *, centre: tuple[float, float], radius: float, turn: float, flip: bool
+    rng: Rng, picture: Array, kind: str, *, centre: tuple[float,
+                                                          float], radius: float, turn: float, flip: bool
 ) -> None:
     """Draw an object of `kind` into a float32 RGB picture, in place.
 
@@ -369,7 +393,8 @@ def draw_object(
     frame = np.array([[c, -s], [s, c]]) @ np.diag([radius * stretch * (-1 if flip else 1), radius / stretch])
     around = picture[int(np.clip(centre[1], 0, height - 1)), int(np.clip(centre[0], 0, width - 1))]
     coat = _apart_from(rng, around)
-    paints = (coat, _apart_from(rng, coat, 40), coat * 0.15 + 15, np.float32([175, 190, 205]) * rng.uniform(0.5, 1.2),
+    paints = (coat, _apart_from(rng, coat, 40), coat * 0.15 + 15,
+              np.array([175, 190, 205], np.float32) * rng.uniform(0.5, 1.2),
               coat * 0.62)
     layer, mask = picture.copy(), np.zeros((height, width), np.uint8)
     for part in KINDS[kind](Jitter(rng)):
@@ -395,21 +420,22 @@ def _apart_from(rng: Rng, other: Array, distance: float = 70) -> Array:
 
 
 def _lit(rng: Rng, mask: Array, radius: float) -> Array:
-    """Return the light (H, W, 1) that falls on a rounded, grained thing of this outline; it is soft, so made small."""
+    """Return the light (H, W, 1) that falls on a rounded, grained thing of this outline, made small."""
     coarser = 1 + int(radius / 48)
     height, width = mask.shape
     size = (width // coarser, height // coarser)
     small = cv2.resize(mask, size, interpolation=cv2.INTER_AREA) if coarser > 1 else mask
     depth = cv2.GaussianBlur(small, (0, 0), max(1.0, radius * 0.12 / coarser)).astype(np.float32) / 255
     angle = rng.uniform(0, 2 * np.pi)
-    slope = cv2.Sobel(depth, cv2.CV_32F, 1, 0) * np.cos(angle) + cv2.Sobel(depth, cv2.CV_32F, 0, 1) * np.sin(angle)
+    slope = cv2.Sobel(depth, cv2.CV_32F, 1, 0) * np.cos(angle) + cv2.Sobel(depth, cv2.CV_32F, 0,
+                                                                           1) * np.sin(angle)
     grain = texture(rng, size[1], size[0], int(rng.integers(4, 12)))
     light = 1 + np.clip(slope * radius / coarser * 0.07, -0.4, 0.4) + rng.uniform(0, 0.12) * grain
     return cv2.resize(light.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)[..., None]
 
 
 def finish(rng: Rng, picture: Array, noise: float) -> Array:
-    """Return the photograph (uint8): exposure, a cast of the light, a gradient of brightness, sensor noise."""
+    """Return the photograph (uint8): exposure, colour of the light, gradient of brightness, noise."""
     height, width = picture.shape[:2]
     y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j].astype(np.float32)
     gradient = 1 + rng.uniform(-0.25, 0.25) * x + rng.uniform(-0.25, 0.25) * y
@@ -420,13 +446,14 @@ def finish(rng: Rng, picture: Array, noise: float) -> Array:
 
 
 def small_picture(rng: Rng, kind: str) -> Array:
-    """Return a CIFAR-10 like picture (32, 32, 3): the object anywhere, at any size, drawn fourfold and shrunk."""
+    """Return a CIFAR-10 like picture (32, 32, 3): the object anywhere, at any size, drawn larger."""
     side = 96
     picture = background(rng, side, side)
     radius = side * rng.uniform(0.30, 0.5)
     slack = side / 2 - radius * 0.8
     centre = (side / 2 + slack * rng.uniform(-1, 1), side / 2 + slack * rng.uniform(-1, 1))
-    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind), flip=bool(rng.integers(2)))
+    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind),
+                flip=bool(rng.integers(2)))
     picture = cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA)
     return finish(rng, picture, rng.uniform(1, 7))
 
@@ -442,7 +469,8 @@ def large_picture(rng: Rng, kind: str, height: int, width: int) -> Array:
     radius = 2 * side * rng.uniform(0.26, 0.48)
     slack_x, slack_y = max(0.0, width - radius * 0.85), max(0.0, height - radius * 0.85)
     centre = (width + slack_x * rng.uniform(-1, 1), height + slack_y * rng.uniform(-1, 1))
-    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind), flip=bool(rng.integers(2)))
+    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind),
+                flip=bool(rng.integers(2)))
     picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
     return finish(rng, picture, rng.uniform(1, 6))
 

@@ -13,12 +13,17 @@ TITLE = 46
 
 
 def contact_sheet(
-    title: str, note: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, cell: tuple[int, int], across: int
+    title: str,
+    note: str,
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    *,
+    cell: tuple[int, int],
+    across: int,
 ) -> Image.Image:
     """Lay out pictures under a title.
 
     Args:
-        rows: Groups of (name, RGB pictures); a group is one row, or part of one where `across` leaves room for more.
+        rows: Groups of (name, RGB pictures); a group is a row, or part of one where `across` leaves room.
         cell: Width and height that each picture is fitted into.
         across: Pictures side by side in all.
     """
@@ -41,7 +46,7 @@ def contact_sheet(
 
 
 def fitted(picture: np.ndarray, cell: tuple[int, int]) -> Image.Image:
-    """Scale a picture into a cell (small ones in whole steps, so that pixels stay pixels), on a grey ground."""
+    """Scale a picture into a cell (small ones in whole steps: pixels stay pixels), on a grey ground."""
     image = Image.fromarray(picture)
     scale = min(cell[0] / image.width, cell[1] / image.height)
     if scale >= 2:

@@ -1,8 +1,8 @@
 """prepare: bring a data set into place, verify it, and write its manifest, summary and contact sheet.
 
-DVC runs this stage always (a changed source must be noticed) and deletes its outputs before. So what is expensive is
-kept in `work/prepare-<set>/` under the time and size of every file it was made from: with nothing changed, a run lists
-the files, compares, and puts the very same outputs back.
+DVC runs this stage always (a changed source must be noticed) and deletes its outputs before. So what is
+expensive is kept in `work/prepare-<set>/` under the time and size of every file it was made from: with
+nothing changed, a run lists the files, compares, and puts the very same outputs back.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.machine import Machine
     from pipeline.params import PrepareParams
 
+Samples = list[tuple[str, list[np.ndarray]]]
 OUTPUTS = ("manifest.csv", "summary.json", "contact_sheet.png")
 
 
@@ -41,7 +42,7 @@ class Format(Protocol):
 
     def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]: ...  # noqa: D102
 
-    def samples(self, root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]: ...  # noqa: D102
+    def samples(self, root: Path, rows: list[Row], each: int) -> Samples: ...  # noqa: D102
 
 
 def run(name: str, params: PrepareParams, machine: Machine) -> None:
@@ -53,7 +54,7 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
     form = format_of(name)
     root = data_root(name, params.source, machine)
     match params.source:
-        case "generated":
+        case "generated" if params.generated is not None:
             generated.ensure(root, params.generated)
         case "folder":
             form.unpack(root)
@@ -90,7 +91,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _fingerprint(name: str, params: PrepareParams, root: Path) -> str:
     """Return what else the outputs depend on: the source, its place, and the code that reads it."""
-    code = code_digest([__file__, manifest.__file__, sheet.__file__, format_of(name).__file__])
+    code = code_digest(
+        [__file__, manifest.__file__, sheet.__file__, getattr(format_of(name), "__file__", None)]
+    )
     return checksum(json.dumps([params.model_dump_json(), str(root.resolve()), code]).encode())
 
 
@@ -158,11 +161,9 @@ def _images(rows: list[Row], split: str) -> int:
     return sum(int(row.get("images", 1)) for row in rows if row["split"] == split)
 
 
-def _sheet(name: str, summary: dict, samples: list[tuple[str, list[np.ndarray]]]):  # noqa: ANN202
+def _sheet(name: str, summary: dict, samples: Samples):  # noqa: ANN202
     sizes = ", ".join(f"{count:,} {split}" for split, count in summary["images"].items())
-    note = (
-        f"{summary['source']} · {sizes} · {summary['classes']} classes · manifest {summary['manifest'][:12]}"
-    )
+    note = f"{summary['source']} · {sizes} · {summary['classes']} classes · {summary['manifest'][:12]}"
     match name:
         case "cifar10":
             return sheet.contact_sheet("CIFAR-10", note, samples, cell=(64, 64), across=16)
