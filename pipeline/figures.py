@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ _STYLE: dict[str, Any] = {
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
 }
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with its name (of a file, and unique on a page) and its caption."""
+
+    name: str
+    figure: Figure
+    caption: str
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
@@ -182,7 +192,7 @@ def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory
             axes.bar_label(
                 bars, [f"{h:.2f}" if np.isfinite(h) else "" for h in heights], padding=2, fontsize=8.5
             )
-        axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(1, color=INK, linewidth=0.7, linestyle=(0, (2, 4)), alpha=0.6, zorder=0)
         axes.set_xticks(place, [_wrap(name) for name in names])
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="x", visible=False)

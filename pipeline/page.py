@@ -32,10 +32,12 @@ a { color: var(--blue); text-decoration-thickness: 1px; text-underline-offset: 2
 nav { display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 14px 0 24px; font-size: 14.5px; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 24px;
   margin: 0 0 20px; }
-.notice { background: var(--amber-tint); color: var(--ink); border-left: 4px solid var(--amber); border-radius: 6px;
+.notice { background: var(--amber-tint); color: var(--ink); border-left: 4px solid var(--amber);
+  border-radius: 6px;
   padding: 12px 16px; margin: 0 0 20px; }
 .notice p { margin: 0; } .notice ul { margin: 6px 0 0; padding-left: 20px; }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px 20px; margin: 0; }
+dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px 20px;
+  margin: 0; }
 dl.facts dt { color: var(--soft); font-size: 13px; } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
@@ -53,28 +55,39 @@ td.where { font-size: 13px; line-height: 1.45; min-width: 250px; }
 .tag.amber { background: var(--amber-tint); color: var(--amber); }
 .tag.green { background: var(--green-tint); color: var(--green); }
 .tag.grey { background: var(--tint); color: var(--soft); }
-figure { margin: 14px 0 18px; } figcaption { color: var(--soft); font-size: 13.5px; margin-top: 6px; max-width: 80ch; }
-figure svg { display: block; width: 100%; height: auto; max-width: var(--wide, 100%); color: var(--ink); }
-figure img { display: block; max-width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line);
+figure { margin: 14px 0 18px; } figcaption { color: var(--soft); font-size: 13.5px; margin-top: 6px;
+  max-width: 80ch; }
+figure svg { display: block; width: 100%; height: auto; max-width: var(--wide, 100%); color: var(--ink);
+  min-width: min(var(--wide, 0px), 560px); }
+figure img { display: block; max-width: 100%; height: auto; border-radius: 8px;
+  border: 1px solid var(--line);
   background: #fff; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 0 24px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr));
+  gap: 0 24px; }
 details { border-top: 1px solid var(--line); padding: 10px 0 0; margin-top: 10px; }
 summary { cursor: pointer; font-weight: 600; font-size: 15px; padding: 4px 0; }
-code { font: 0.88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--tint); padding: 1px 5px;
+code { font: 0.88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--tint);
+  padding: 1px 5px;
   border-radius: 4px; overflow-wrap: anywhere; }
 @media (max-width: 680px) {
-  main { padding: 22px 12px 50px; } section { padding: 16px 14px; border-radius: 10px; } h1 { font-size: 24px; }
+  main { padding: 22px 12px 50px; } section { padding: 16px 14px; border-radius: 10px; }
+    h1 { font-size: 24px; }
   table.stack thead { display: none; } table.stack, table.stack tbody { display: block; }
-  table.stack tr { display: grid; grid-template-columns: 1fr 1fr; gap: 2px 14px; padding: 10px 8px;
+  table.stack tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: 2px 12px; padding: 10px 8px;
     border-bottom: 1px solid var(--line); }
-  table.stack td { display: block; border: 0; padding: 0; text-align: left; min-width: 0; white-space: normal; }
+  table.stack td { display: block; border: 0; padding: 0; text-align: left; min-width: 0;
+    white-space: normal; }
   table.stack td:empty { display: none; }
   table.stack td:first-child, table.stack td.where, table.stack tr.group td { grid-column: 1 / -1; }
   table.stack td:first-child { font-weight: 600; padding: 0 !important; }
-  table.stack tr.ours { background: var(--tint); border-radius: 8px; } table.stack tr.ours td { background: none; }
-  table.stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft); font-size: 12px; }
+  table.stack tr.ours { background: var(--tint); border-radius: 8px; }
+    table.stack tr.ours td { background: none; }
+  table.stack td.where::before { display: none !important; }
+  table.stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft);
+    font-size: 12px; }
 }
-@media print { body { background: #fff; } section { break-inside: avoid; border: 0; padding: 0; } nav { display: none; } }
+@media print { body { background: #fff; } section { break-inside: avoid; border: 0; padding: 0; }
+  nav { display: none; } }
 """
 
 
@@ -170,7 +183,8 @@ def image(path: Path, alternative: str) -> str:
             picture.convert("RGB").save(buffer, "WEBP", quality=88, method=4)
         content, kind = buffer.getvalue(), "webp"
     data = base64.b64encode(content).decode()
-    return f'<img loading="lazy" alt="{html.escape(alternative, quote=True)}" src="data:image/{kind};base64,{data}">'
+    words = html.escape(alternative, quote=True)
+    return f'<img loading="lazy" alt="{words}" src="data:image/{kind};base64,{data}">'
 
 
 def folded(title: str, content: str) -> str:

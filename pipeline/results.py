@@ -66,6 +66,7 @@ class Line:
     note: str
     comparable: bool = False
     size: str = ""
+    scale: str = ""
     device: str = ""
     seeds: str = ""
     commit: str = ""
@@ -123,7 +124,7 @@ def data_statement(results: Results, dataset: str, facts: Facts) -> tuple[str, b
     if whole:
         return f"{name}, complete", True
     return (
-        f"{size} images in {name}'s layout, {summary.get('classes', '?')} classes: NOT the paper's {name}",
+        f"{size} images of {summary.get('classes', '?')} classes in its layout: NOT the paper's {name}",
         False,
     )
 
@@ -155,14 +156,9 @@ def _line(results: Results, table: Table, row: Row) -> Line:
     training = results.training.get((table.stage, row.model), {})
     evaluation = results.evaluation.get((table.dataset, row.model), {})
     if not training and not evaluation:
-        command = f"python -m pipeline {table.stage} {row.model}"
-        return Line(
-            row,
-            "not run",
-            paper,
-            nothing,
-            f"not run here: {table.stage}/{row.model} has no results (`{command}`)",
-        )
+        command = f"`python -m pipeline {table.stage} {row.model}`"
+        need = row.missing or f"{command} with params/paper.yaml and {NAMES[table.dataset]}"
+        return Line(row, "not run", paper, nothing, need)
     seeds = [int(seed) for seed in training.get("seeds", [])]
     ours = tuple(_ours(key, training, evaluation, len(seeds)) for _, key in table.measures)
     note, comparable = data_statement(results, table.dataset, evaluation or training)
@@ -175,6 +171,7 @@ def _line(results: Results, table: Table, row: Row) -> Line:
         note=note,
         comparable=comparable,
         size=_size(training.get("parameters")),
+        scale=_scale(training),
         device=str(best.get("device", "unknown device")),
         seeds=", ".join(map(str, seeds)) or "unknown",
         commit=short_commit(best),
@@ -188,6 +185,12 @@ def _ours(key: str, training: Facts, evaluation: Facts, seeds: int) -> str:
         return number(Number(float(training[key]), float(training[f"{key}_std"])))
     value = evaluation.get(key, training.get(key))
     return "–" if value is None or value != value else number(Number(float(value)))
+
+
+def _scale(training: Facts) -> str:
+    """How much training it was, where the metrics say."""
+    epochs, images = training.get("epochs"), training.get("train_samples")
+    return f"{epochs} epochs" + (f" of {images:,} images" if images else "") if epochs else ""
 
 
 def _size(parameters: Any) -> str:
