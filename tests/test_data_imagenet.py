@@ -42,7 +42,7 @@ def jpeg(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
 def test_pictures_have_many_sizes_and_some_are_grayscale(tmp_path: Path) -> None:
     from itertools import islice
 
-    params = generated.GeneratedImageNet(classes=1, train_per_class=60)
+    params = generated.GeneratedImageNet(classes=2, train_per_class=60)
     files = islice(generated._imagenet(params), 30)
     images = [Image.open(io.BytesIO(content)) for part in files for content in part.values()]
     assert len({image.size for image in images}) > 20

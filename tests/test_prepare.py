@@ -91,6 +91,26 @@ def test_only_what_changed_is_read_again(machine: Machine, monkeypatch: pytest.M
     )
 
 
+def test_after_a_broken_file_is_mended_the_rest_is_not_read_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare.run("imagenet", PARAMS["imagenet"], machine)
+    shutil.move(machine.root / "data/generated/imagenet", machine.root / "data/imagenet")
+    last = max((machine.root / "data/imagenet/val").rglob("*.JPEG"))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:500])
+    with pytest.raises(DataError, match=last.name):
+        prepare.run("imagenet", PrepareParams(source="folder"), machine)
+    last.write_bytes(whole)
+    read = []
+    inspect = prepare.imagenet.inspect
+    monkeypatch.setattr(
+        prepare.imagenet, "inspect", lambda root, found: read.append(found.files) or inspect(root, found)
+    )
+    prepare.run("imagenet", PrepareParams(source="folder"), machine)
+    assert read == [(last.relative_to(machine.root / "data/imagenet").as_posix(),)]
+
+
 def test_a_manifest_does_not_depend_on_where_the_data_lie(machine: Machine, tmp_path: Path) -> None:
     prepare.run("cityscapes", PARAMS["cityscapes"], machine)
     before = outputs("cityscapes")["manifest.csv"]

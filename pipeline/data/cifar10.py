@@ -106,14 +106,14 @@ def images_and_labels(content: bytes, file: Path) -> tuple[np.ndarray, np.ndarra
 
 
 def find(root: Path) -> list[Found]:
-    """Return the six batch files of `root`/cifar-10-batches-py, or say which is missing."""
+    """Return the six batch files, each with the file of the class names, or say which is missing."""
     for name in (*BATCHES, "batches.meta"):
         if not (root / FOLDER / name).is_file():
             raise DataError(
                 f"{root / FOLDER / name}: no such file; put CIFAR-10's folder {FOLDER} (or {ARCHIVE}) "
                 f"into {root}, or set prepare.cifar10.source to download or generated"
             )
-    return [Found(split, (f"{FOLDER}/{name}",)) for name, split in BATCHES.items()]
+    return [Found(split, (f"{FOLDER}/{name}", f"{FOLDER}/batches.meta")) for name, split in BATCHES.items()]
 
 
 def inspect(root: Path, found: Found) -> Row:

@@ -22,6 +22,7 @@ from pipeline.data.manifest import (
     files,
     folders,
     image_size,
+    progress,
     read_bytes,
 )
 
@@ -175,13 +176,11 @@ def unpack(root: Path) -> None:
 
 def _unpack(root: Path, kind: str, archive: Path) -> None:
     """Write the zip's files of one kind; names are matched whole: nothing can land outside the folder."""
-    from rich.progress import track
-
     partial = root / f"{kind}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as zipped:
-            for member in track(zipped.infolist(), f"Unpacking {archive.name}"):
+            for member in progress(zipped.infolist(), f"Unpacking {archive.name}"):
                 name = re.fullmatch(rf"{kind}/((train|val|test)/\w+/[\w-]+\.(png|json))", member.filename)
                 if member.is_dir() or member.filename in ("README", "license.txt"):
                     continue

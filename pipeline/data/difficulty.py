@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.data import cifar10, cityscapes, generated
-from pipeline.data.manifest import DataError, Found
+from pipeline.data.manifest import DataError, Found, progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,13 +137,12 @@ def _fit(
 ) -> None:
     """Train with AdamW, the rate rising for a tenth of the way and falling to nothing."""
     import torch
-    from rich.progress import track
     from torch.nn.functional import cross_entropy
 
     network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * steps, pct_start=0.1)
-    for number in track(range(epochs), "Training", transient=True):
+    for number in progress(range(epochs), "Training"):
         for images, targets in epoch(number):
             loss = cross_entropy(
                 _logits(network, images.to(device)), targets.to(device), ignore_index=cityscapes.IGNORE

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.cifar10 import CLASSES, FOLDER
-from pipeline.data.manifest import DataError, checksum, code_digest
+from pipeline.data.manifest import DataError, checksum, code_digest, progress
 
 MARKER = "generated.json"
 DRAWING = ".drawing"
@@ -52,6 +52,12 @@ class GeneratedImageNet:
     classes: int = 10
     train_per_class: int = 60
     val_per_class: int = 20
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.classes <= len(WNIDS):
+            raise ValueError(
+                f"classes: between 2 and {len(WNIDS)} kinds of objects can be drawn, not {self.classes}"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,6 @@ def _is_whole(root: Path, marker: Path, recipe: dict) -> bool:
 
 def _draw(root: Path, params: Generated, recipe: dict) -> None:
     """Draw beside the old files, then put the new ones in their place; the marker comes last."""
-    from rich.progress import track
-
     drawing = root / DRAWING
     shutil.rmtree(drawing, ignore_errors=True)
     drawing.mkdir(parents=True)
@@ -138,7 +142,7 @@ def _draw(root: Path, params: Generated, recipe: dict) -> None:
         case GeneratedCityscapes():
             drawn, total = _cityscapes(params), params.train + params.val
     entries = {}
-    for files in track(drawn, f"Drawing {root.name}", total, transient=True):
+    for files in progress(drawn, f"Drawing {root.name}", total):
         for path, content in files.items():
             (drawing / path).parent.mkdir(parents=True, exist_ok=True)
             (drawing / path).write_bytes(content)

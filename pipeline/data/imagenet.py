@@ -22,6 +22,7 @@ from pipeline.data.manifest import (
     files,
     folders,
     image_size,
+    progress,
     read_bytes,
 )
 
@@ -130,10 +131,8 @@ def _members(archive: Path, content: IO[bytes] | None, pattern: str):  # noqa: A
 
 
 def _unpack_train(root: Path, target: Path) -> None:
-    from rich.progress import track
-
     archive = root / TRAIN_ARCHIVE
-    for name, content in track(
+    for name, content in progress(
         _members(archive, None, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"
     ):
         wnid = name.removesuffix(".tar")
@@ -144,13 +143,11 @@ def _unpack_train(root: Path, target: Path) -> None:
 
 
 def _unpack_val(root: Path, target: Path) -> None:
-    from rich.progress import track
-
     wnids = validation_wnids(root / DEVKIT)
     archive = root / VAL_ARCHIVE
     for wnid in set(wnids):
         (target / wnid).mkdir()
-    for name, file in track(
+    for name, file in progress(
         _members(archive, None, r"ILSVRC2012_val_\d{8}\.JPEG"),
         "Unpacking ImageNet's validation images",
         len(wnids),

@@ -9,15 +9,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from pipeline.machine import Machine
 
 Row = dict[str, str | int]
+Item = TypeVar("Item")
 
 
 class DataError(Exception):
@@ -121,6 +122,16 @@ def image_size(root: Path, path: str, content: bytes) -> tuple[int, int]:
     ) as error:  # PIL raises whatever its decoders meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{root / path}: not a readable image ({error})") from None
     return size
+
+
+def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
+    """Yield `items`, on a terminal under a progress bar."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    shown = console.is_terminal
+    yield from track(items, title, total, console=console, transient=True, disable=not shown)
 
 
 def folders(root: Path) -> list[str]:

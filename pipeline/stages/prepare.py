@@ -11,19 +11,23 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from pipeline.data import cifar10, cityscapes, generated, imagenet, manifest, sheet
-from pipeline.data.manifest import DataError, Found, Row, checksum, code_digest, data_root
+from pipeline.data.manifest import DataError, Found, Row, checksum, code_digest, data_root, progress
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pipeline.machine import Machine
     from pipeline.params import PrepareParams
 
 Samples = list[tuple[str, list[np.ndarray]]]
+CHUNK = 4096  # files given to the threads at a time
 OUTPUTS = ("manifest.csv", "summary.json", "contact_sheet.png")
 
 
@@ -62,14 +66,24 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
             root.mkdir(parents=True, exist_ok=True)
             form.download(root)
     found = form.find(root)
-    stamps = [[[path, *_stamp(root / path)] for path in one.files] for one in found]
+    stamps = [[[path, *_stamp(f"{root}/{path}")] for path in one.files] for one in found]
     kept = machine.root / "work" / f"prepare-{name}" / _fingerprint(name, params, root)
     seen = checksum(json.dumps(stamps).encode())
-    if not _is_current(kept, seen):
+    target = Path("results") / "data" / name
+    if _is_current(kept, seen):
+        _put_back(kept, target)
+        return
+    from pipeline import tracking
+
+    with tracking.start("prepare", name, params, machine) as tracker:
         rows = _rows(form, root, found, stamps, kept, machine)
         form.check(root, rows)
-        _keep(kept, seen, stamps, rows, name, params.source, root)
-    _put_back(kept, Path("results") / "data" / name)
+        summary = _keep(kept, seen, rows, name, params.source, root)
+        _put_back(kept, target)
+        tracker.dataset(name, summary["manifest"], params.source)
+        for output in OUTPUTS:
+            tracker.artifact(target / output)
+    print(f"{name}: {_sizes(summary)}, {summary['bytes'] / 1e6:,.1f} MB, verified; see {target}")
 
 
 def format_of(name: str) -> Format:
@@ -84,7 +98,7 @@ def format_of(name: str) -> Format:
     raise DataError(f"{name}: no such data set; there are cifar10, imagenet and cityscapes")
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
@@ -107,44 +121,51 @@ def _is_current(kept: Path, seen: str) -> bool:
 def _rows(
     form: Format, root: Path, found: list[Found], stamps: list, kept: Path, machine: Machine
 ) -> list[Row]:
-    """Read what is new or has another size or time than when it was last read, in threads, in order."""
-    from rich.progress import track
+    """Read what is new or has another size or time than when it was last read, in threads.
 
+    What was read is kept also when a file is found broken: once it is mended, the rest is not read again.
+    """
     try:
         known = {json.dumps(stamp): row for stamp, row in json.loads((kept / "rows.json").read_text())}
     except (OSError, ValueError):
         known = {}
-    rows = [known.get(json.dumps(stamp)) for stamp in stamps]
+    rows: list[Row | None] = [known.get(json.dumps(stamp)) for stamp in stamps]
     new = [i for i, row in enumerate(rows) if row is None]
-    with ThreadPoolExecutor(machine.threads or os.cpu_count()) as pool:
-        try:
-            results = pool.map(lambda i: form.inspect(root, found[i]), new)
-            for i, row in zip(new, track(results, "Reading the data", len(new), transient=True), strict=True):
+    try:
+        with ThreadPoolExecutor(machine.threads or os.cpu_count()) as pool:
+            chunks = (new[i : i + CHUNK] for i in range(0, len(new), CHUNK))
+            look = partial(_inspect, form, root, found)
+            read = (pair for part in chunks for pair in zip(part, pool.map(look, part), strict=True))
+            for i, row in progress(read, "Reading the data", len(new)):
                 rows[i] = row
-        finally:
-            pool.shutdown(cancel_futures=True)
+    finally:
+        kept.mkdir(parents=True, exist_ok=True)
+        done = [(stamp, row) for stamp, row in zip(stamps, rows, strict=True) if row is not None]
+        (kept / "rows.json").write_text(json.dumps(done))
     return [row for row in rows if row is not None]
 
 
-def _keep(kept: Path, seen: str, stamps: list, rows: list[Row], name: str, source: str, root: Path) -> None:
-    """Make the outputs and keep them; the mark that they are complete is written last."""
+def _inspect(form: Format, root: Path, found: list[Found], i: int) -> Row:
+    return form.inspect(root, found[i])
+
+
+def _keep(kept: Path, seen: str, rows: list[Row], name: str, source: str, root: Path) -> dict:
+    """Make the outputs, keep them and return the summary; the mark that they are complete is written last."""
     import pandas as pd
 
     form = format_of(name)
-    for old in kept.parent.glob("*"):
-        shutil.rmtree(old)
-    kept.mkdir(parents=True)
-    table = pd.DataFrame(rows)
-    table.to_csv(kept / "manifest.csv", index=False, lineterminator="\n")
+    for old in kept.parent.iterdir():
+        if old != kept:
+            shutil.rmtree(old)
+    pd.DataFrame(rows).to_csv(kept / "manifest.csv", index=False, lineterminator="\n")
     counts = form.counts(rows)
     summary = {
         "set": name,
         "source": source,
-        "classes": len(next(iter(counts.values()))) - (name == "cityscapes"),
+        "classes": len(next(iter(counts.values())))
+        - (name == "cityscapes"),  # which counts what is ignored too
         "images": {split: _images(rows, split) for split in counts},
-        "bytes": sum(
-            int(value) for row in rows for key, value in row.items() if key in ("bytes", "label_bytes")
-        ),
+        "bytes": sum(int(row[key]) for row in rows for key in ("bytes", "label_bytes") if key in row),
         "manifest": checksum((kept / "manifest.csv").read_bytes()),
         "pixels" if name == "cityscapes" else "counts": counts,
     }
@@ -152,8 +173,12 @@ def _keep(kept: Path, seen: str, stamps: list, rows: list[Row], name: str, sourc
     _sheet(name, summary, form.samples(root, rows, 8 if name == "cifar10" else 6)).save(
         kept / "contact_sheet.png"
     )
-    (kept / "rows.json").write_text(json.dumps(list(zip(stamps, rows, strict=True))))
     (kept / "seen.json").write_text(json.dumps(seen))
+    return summary
+
+
+def _sizes(summary: dict) -> str:
+    return ", ".join(f"{count:,} {split}" for split, count in summary["images"].items()) + " images"
 
 
 def _images(rows: list[Row], split: str) -> int:
@@ -161,16 +186,19 @@ def _images(rows: list[Row], split: str) -> int:
     return sum(int(row.get("images", 1)) for row in rows if row["split"] == split)
 
 
-def _sheet(name: str, summary: dict, samples: Samples):  # noqa: ANN202
-    sizes = ", ".join(f"{count:,} {split}" for split, count in summary["images"].items())
-    note = f"{summary['source']} · {sizes} · {summary['classes']} classes · {summary['manifest'][:12]}"
+def _sheet(name: str, summary: dict, samples: Samples) -> Image.Image:
+    note = (
+        f"{summary['source']} · {_sizes(summary)} · {summary['classes']} classes · {summary['manifest'][:12]}"
+    )
     match name:
         case "cifar10":
             return sheet.contact_sheet("CIFAR-10", note, samples, cell=(64, 64), across=16)
         case "imagenet":
-            return sheet.contact_sheet("ImageNet", note, samples, cell=(150, 120), across=6)
+            return sheet.contact_sheet("ImageNet", note, samples, cell=(132, 120), across=6)
         case _:
-            return sheet.contact_sheet("Cityscapes", note, samples, cell=(320, 160), across=4)
+            height, width = samples[0][1][0].shape[:2]
+            cell = (round(200 * width / height), 200)
+            return sheet.contact_sheet("Cityscapes", note, samples, cell=cell, across=4)
 
 
 def _put_back(kept: Path, target: Path) -> None:

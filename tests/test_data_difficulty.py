@@ -1,0 +1,45 @@
+"""The measures of difficulty, on data whose difficulty is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch import nn
+
+from pipeline.data import difficulty
+from pipeline.data.cifar10 import Cifar10
+from pipeline.data.cityscapes import IGNORE
+
+
+def scenes(of: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Twelve pictures whose classes are told by colour, by place, or by neither."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, (12, 16, 16)).astype(np.uint8)
+    if of == "place":
+        labels[:] = np.arange(16, dtype=np.uint8)[:, None] // 4
+    shades = labels if of == "colour" else rng.integers(0, 4, labels.shape)
+    images = np.stack([shades * 60, shades * 20, 200 - shades * 50], -1).astype(np.uint8)
+    labels[:, :2] = IGNORE
+    return images, labels
+
+
+@pytest.mark.parametrize(
+    ("of", "place", "colour"), [("place", 1.0, 0.25), ("colour", 0.25, 1.0), ("none", 0.25, 0.25)]
+)
+def test_place_and_colour_are_told_apart(of: str, place: float, colour: float) -> None:
+    train, val = scenes(of, 0), scenes(of, 1)
+    assert difficulty._by_place(train, val) == pytest.approx(place, abs=0.12)
+    assert difficulty._by_colour(train, val) == pytest.approx(colour, abs=0.12)
+
+
+def test_a_linear_classifier_finds_what_is_linear_and_nothing_in_noise() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 10
+    noise = rng.integers(0, 256, (400, 3, 32, 32)).astype(np.uint8)
+    gift = noise // 4
+    gift[np.arange(400), 0, labels] = 255
+    for images, low, high in ((gift, 0.95, 1.0), (noise, 0.0, 0.3)):
+        train = Cifar10(images[:300], labels[:300], augment=False, seed=0)
+        test = Cifar10(images[300:], labels[300:], augment=False, seed=0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+        assert low <= difficulty._classify(network, train, test, 5, 1e-2, 1e-2, "cpu") <= high
