@@ -206,3 +206,46 @@ def test_download_wants_an_account_from_the_environment(
     monkeypatch.delenv("CITYSCAPES_USERNAME", raising=False)
     with pytest.raises(DataError, match="CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD"):
         cityscapes.download(tmp_path)
+
+
+def test_download_answers_the_official_tool_and_goes_on_where_it_was_cut(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cityscapesscripts.download import downloader
+
+    asked, user = [], tmp_path / "user"
+
+    def login() -> str:
+        asked.append(
+            (
+                downloader.input("name: "),
+                downloader.getpass.getpass("password: "),
+                downloader.input("store? "),
+            )
+        )
+        return "session"
+
+    def download_packages(
+        *, session: str, package_names: list[str], destination_path: str, resume: bool
+    ) -> None:
+        assert (session, resume) == ("session", True)
+        target = Path(destination_path, package_names[0])
+        if not target.exists():
+            target.write_bytes(b"half")
+            raise ConnectionError("cut")
+        kind = package_names[0].split("_")[0]
+        with zipfile.ZipFile(target, "w") as zipped:
+            for file in (root / kind).rglob("*.png"):
+                zipped.write(file, file.relative_to(root))
+
+    monkeypatch.setattr(downloader, "login", login)
+    monkeypatch.setattr(downloader, "download_packages", download_packages)
+    monkeypatch.setenv("CITYSCAPES_USERNAME", "me")
+    monkeypatch.setenv("CITYSCAPES_PASSWORD", "secret")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"csDownload failed \(cut\)") as caught:
+            cityscapes.download(user)
+        assert "secret" not in str(caught.value)
+    cityscapes.download(user)
+    assert asked == [("me", "secret", "n")] * 3
+    assert cityscapes.find(user) == cityscapes.find(root)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -198,32 +197,42 @@ def _unpack(root: Path, kind: str, archive: Path) -> None:
 
 def download(root: Path) -> None:
     """Fetch the zips that lack with the official downloader and the account the environment names."""
-    import subprocess
-
     wanted = [
-        name for kind, name in ARCHIVES.items() if not (root / kind).exists() and not (root / name).exists()
+        name for kind, name in ARCHIVES.items() if not ((root / kind).exists() or (root / name).exists())
     ]
     if wanted:
-        account = [os.environ.get(key) for key in ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD")]
+        account = [os.environ.get(key, "") for key in ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD")]
         if not all(account):
             raise DataError(
                 f"{root}: set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD to your account at "
                 f"https://www.cityscapes-dataset.com, or put {' and '.join(wanted)} there by hand"
             )
-        root.mkdir(parents=True, exist_ok=True)
-        # The tool asks for name, password and whether to store them, the password from a terminal alone.
-        code = (
-            "import getpass, os, builtins\n"
-            "from cityscapesscripts.download import downloader\n"
-            "answers = iter([os.environ['CITYSCAPES_USERNAME'], 'n'])\n"
-            "downloader.input = lambda *_: next(answers)\n"
-            "getpass.getpass = lambda *_: os.environ['CITYSCAPES_PASSWORD']\n"
-            "downloader.main()\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code, "--resume", "-d", str(root), *wanted], check=False)
-        if done.returncode:
-            raise DataError(f"{root}: csDownload failed; its message stands above")
+        _cs_download(root, wanted, *account)
     unpack(root)
+
+
+def _cs_download(root: Path, wanted: list[str], username: str, password: str) -> None:
+    """Run csDownload; it resumes what was cut short and checks the md5 sums itself.
+
+    """Run csDownload, which goes on with what was cut short and checks the md5 sums itself.
+    """
+    from unittest.mock import patch
+
+    from cityscapesscripts.download import downloader
+
+    partial = root / ".download"
+    partial.mkdir(parents=True, exist_ok=True)
+    answers = patch.object(downloader, "input", side_effect=[username, "n"])
+    try:
+        with answers, patch.object(downloader.getpass, "getpass", return_value=password):
+            session = downloader.login()
+        for name in wanted:
+            downloader.download_packages(
+                session=session, package_names=[name], destination_path=str(partial), resume=True
+            )
+            (partial / name).rename(root / name)
+    except Exception as error:  # the tool raises plain exceptions
+        raise DataError(f"{root}: csDownload failed ({error}); run again to go on") from None
 
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
