@@ -212,8 +212,9 @@ def download(root: Path) -> None:
 
 
 def _cs_download(root: Path, wanted: list[str], username: str, password: str) -> None:
-    """Run csDownload; it resumes what was cut short and checks the md5 sums itself.
+    """Run csDownload, which goes on with what was cut short and checks the md5 sums itself.
 
+    It asks for the account and whether to store it, the password from a terminal alone: it is answered here.
     """
     from unittest.mock import patch
 
