@@ -107,7 +107,7 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
     """
     measures = _measures(history)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 3.2), layout="constrained")
+        figure = Figure(figsize=(10.4, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         _curve(left, history, LOSS, BLUE, "training loss")
         left.set(title=title, xlabel="epoch", ylabel="training loss")
@@ -123,7 +123,7 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         if measures:
-            right.legend(loc="lower right")
+            right.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
     return figure
 
 
@@ -332,15 +332,13 @@ def _curve(axes: Axes, history: pd.DataFrame, column: str, colour: str, label: s
 
 
 def _bands(axes: Axes, trace: pd.DataFrame, measure: str) -> None:
-    floor = trace[measure][trace[measure] > 0].min()
     for solver, own in trace.groupby("solver", sort=False):
         groups = own.dropna(subset=[measure]).groupby("evaluation")[measure]
         mean, std = groups.mean(), groups.std(ddof=0)
         colour = SOLVER_COLOURS.get(str(solver), GREY)
         axes.plot(mean.index, mean, color=colour, label=SOLVER_NAMES.get(str(solver), str(solver)))
-        low = np.maximum(
-            mean - std, floor
-        )  # a mean less its deviation may be negative, which a log axis cannot show
+        # a mean less its deviation may be negative, which a log axis cannot show: no lower than what was seen
+        low = np.maximum(mean - std, groups.min())
         axes.fill_between(mean.index, low, mean + std, color=colour, alpha=0.22, linewidth=0)
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(NullFormatter())

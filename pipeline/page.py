@@ -28,7 +28,7 @@ h2 { font-size: 21px; margin: 0 0 4px; letter-spacing: -0.005em; }
 h3 { font-size: 16px; margin: 24px 0 8px; }
 p { margin: 6px 0 12px; max-width: 76ch; }
 a { color: var(--blue); text-decoration-thickness: 1px; text-underline-offset: 2px; }
-.soft { color: var(--soft); } .small { font-size: 13.5px; }
+.soft { color: var(--soft); } .small { font-size: 13.5px; font-weight: 400; }
 nav { display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 14px 0 24px; font-size: 14.5px; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 24px;
   margin: 0 0 20px; }

@@ -130,9 +130,9 @@ def data_statement(results: Results, dataset: str, facts: Facts) -> tuple[str, b
 
 
 def short_commit(facts: Facts) -> str:
-    """The commit's first seven digits, with the mark of a changed checkout."""
+    """The commit's first seven digits, with the mark of a changed checkout; "none" without git."""
     commit = str(facts.get("commit") or "")
-    return commit[:7] + ("+" if commit.endswith("+") else "") if commit not in ("", "none") else "no git"
+    return commit[:7] + ("+" if commit.endswith("+") else "") if commit not in ("", "none") else "none"
 
 
 def number(value: Number) -> str:

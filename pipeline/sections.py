@@ -52,7 +52,7 @@ def _notice(results: Results, every: Sequence[Line]) -> str:
     comparable = sum(line.comparable for line in measured)
     missing = sum(line.status == "not run" for line in every)
     text = (
-        f"{len(measured)} systems of the tables were measured here, {comparable} of them on the paper's data; "
+        f"{len(measured)} systems were measured here, {comparable} of them on the paper's data; "
         f"{missing} more were not run."
     )
     points = []
@@ -265,7 +265,9 @@ def _data(results: Results) -> str:
             content.append(_not_run("no manifest", f"python -m pipeline prepare {dataset}"))
             continue
         digest = str(results.data[dataset].get("manifest", "unknown"))[:12]
-        content.append(f"<p>{page.escape(data_statement(results, dataset, {})[0])}. Manifest `{digest}`.</p>")
+        content.append(
+            f"<p>{page.escape(f'{data_statement(results, dataset, {})[0]}. Manifest `{digest}`.')}</p>"
+        )
         sheet = results.root / "data" / dataset / "contact_sheet.png"
         if sheet.is_file():
             content.append(page.figure(page.image(sheet, f"{name}: contact sheet"), "Contact sheet"))

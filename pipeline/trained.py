@@ -18,6 +18,7 @@ from pipeline.data import cifar10, cityscapes, imagenet
 from pipeline.data.loading import BatchDataset, Keys
 from pipeline.data.manifest import DataError, data_root
 from pipeline.machine import Machine
+from pipeline.tracking import Tracker
 
 STAGES = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
 """The stage that trains on each set."""
@@ -48,8 +49,10 @@ class First:
 class Trained:
     """A model in evaluation mode on its device, and its evaluation split.
 
-    ``facts`` are strings and numbers to record beside every result: the data's source, the training run, the
-    device.
+       ``    ``facts`` are strings and numbers to record beside every result: data, device, versions.
+       ``training_run`` is the tracked run that made the model, empty if it was not tracked.
+    are strings and numbers to record beside every result: the data's source, the training run, the
+       device.
     """
 
     network: nn.Module
@@ -58,6 +61,13 @@ class Trained:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     facts: dict[str, str | int]
+    training_run: str = ""
+
+    def announce(self, dataset: str, tracker: Tracker) -> None:
+        """Tell a run what it builds on."""
+        tracker.dataset(dataset, str(self.facts["data/digest"]), str(self.facts["data/source"]))
+        if self.training_run:
+            tracker.tag("builds_on", self.training_run)
 
     def picture(self, image: Tensor) -> np.ndarray:
         """The photo (H, W, 3) in 0..1 that the normalised ``image`` (3, H, W) was made from."""
@@ -89,8 +99,13 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
             f"train it again: `python -m pipeline {STAGES[dataset]} {model}`"
         )
     split = split if limit is None else First(split, limit)
-    facts: dict[str, str | int] = {"data/source": str(summary["source"]), "samples": len(split)}
-    return Trained(network, split, names, mean, std, facts | machine.describe())
+    facts: dict[str, str | int] = {
+        "data/source": summary["source"],
+        "data/digest": summary["manifest"],
+        "samples": len(split),
+    }
+    run = str(meta.get("run_id") or "")
+    return Trained(network, split, names, mean, std, facts | machine.describe(), run)
 
 
 def _summary(dataset: str) -> dict[str, Any]:

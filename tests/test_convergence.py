@@ -52,7 +52,7 @@ def test_a_tolerance_never_cuts_a_trace_short() -> None:
         lambda z: z @ weight.T + 1,
         torch.zeros(2, 6, dtype=torch.float64),
         FixedPoint(tolerance=1.0),
-        EVALUATIONS,
+        EVALUATIONS - 1,
     )
     assert traced.residual.shape[0] == EVALUATIONS
 

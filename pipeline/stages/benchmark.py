@@ -56,7 +56,7 @@ def run(params: BenchmarkParams, machine: Machine) -> None:
             advance(f"memory of {name}")
         seconds, facts = measure_time(params, machine, advance)
         record = _record(params, machine, seconds, memory, facts)
-        (OUT / "runtime.json").write_text(json.dumps(record, indent=2) + "\n")
+        (OUT / "runtime.json").write_text(json.dumps(record | {"run": tracker.run_id or ""}, indent=2) + "\n")
         relative = {name: entry["relative"] for name, entry in record["models"].items()}
         figure = figures.figure4b(relative, params.reference, f"memory ({record['memory']})")
         for file in ("figure4b.png", "figure4b.svg"):

@@ -90,6 +90,7 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
     out = Path("results/convergence") / dataset
     out.mkdir(parents=True, exist_ok=True)
     with tracking.start("convergence", dataset, params, machine) as tracker:
+        trained.announce(dataset, tracker)
         began = time.perf_counter()
         table = measure(
             trained.network.backbone, trained.split, params, machine.device, f"convergence {dataset}"
@@ -102,7 +103,7 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
             figures.save(figure, out / name)
             tracker.artifact(out / name)
         facts = {"model": params.model, "batches": params.batches, "batch": params.batch, "seed": params.seed}
-        record = values | facts | trained.facts
+        record = values | facts | trained.facts | {"run": tracker.run_id or ""}
         (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         tracker.metrics(values, step=0)
         _log_curves(table, tracker)

@@ -77,6 +77,7 @@ def run(dataset: str, model: str, params: EvaluateParams, machine: Machine) -> N
     out = Path("results/evaluate") / instance
     out.mkdir(parents=True, exist_ok=True)
     with tracking.start("evaluate", instance, params, machine) as tracker:
+        trained.announce(dataset, tracker)
         began = time.perf_counter()
         values, matrix = evaluate(trained, params.batch, machine, f"evaluate {instance}")
         values["time/seconds"] = time.perf_counter() - began
@@ -85,7 +86,9 @@ def run(dataset: str, model: str, params: EvaluateParams, machine: Machine) -> N
         title = f"{model} on {dataset} ({trained.facts['data/source']} data)"
         figures.save(figures.confusion(counts, trained.names, title), out / "confusion.png")
         figures.save(examples(trained, params.examples, machine, title), out / "examples.png")
-        (out / "metrics.json").write_text(json.dumps(values | trained.facts, indent=2) + "\n")
+        (out / "metrics.json").write_text(
+            json.dumps(values | trained.facts | {"run": tracker.run_id or ""}, indent=2) + "\n"
+        )
         tracker.metrics(values, step=0)
         for name in ("confusion.png", "examples.png", "metrics.json"):
             tracker.artifact(out / name)

@@ -92,7 +92,7 @@ def _pictures(results: Results) -> Iterator[Drawn]:
         relative = {name: entry["relative"] for name, entry in runtime["models"].items()}
         caption = (
             f"Figure 4b: time and memory of a training step relative to {runtime['reference']} (Sec. 4.4). "
-            f"Batch {runtime['batch']}, {runtime['device']}, medians of {runtime['rounds']} rounds taken in turn; "
+            f"Batch {runtime['batch']}, {runtime['device']}, medians of {runtime['rounds']} rounds in turn; "
             f"memory: {runtime['memory']}. Lower is better."
         )
         yield Drawn("figure4b", figures.figure4b(relative, runtime["reference"], "memory"), caption)
