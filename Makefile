@@ -6,23 +6,22 @@ SHELL := /bin/bash
 
 # The first Python on PATH that is new enough; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
-VENV := $(CURDIR)/.venv
-STAMP := $(VENV)/.installed
-export PATH := $(VENV)/bin:$(PATH)
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+STAMP := .venv/.installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-		echo "Python 3.11 or newer is needed; found: $$(python3 --version 2>&1 || echo none)." >&2; \
+		echo "Python 3.11 or newer is needed; found: $$("$(or $(PYTHON),python3)" --version 2>&1 || echo none)." >&2; \
 		echo "Install one (https://www.python.org/downloads/) or run: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 		echo "This Python lacks venv; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
-	"$(PYTHON)" -m venv "$(VENV)"
-	"$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	@if ! git rev-parse --git-dir >/dev/null 2>&1; then "$(VENV)/bin/dvc" config --local core.no_scm true; fi
+	"$(PYTHON)" -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@if [ ! -e .git ]; then .venv/bin/dvc config --local core.no_scm true; fi
 	@touch "$@"
 
 setup: $(STAMP)  ## Make .venv and install the project; again only when pyproject.toml changes
