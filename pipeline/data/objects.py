@@ -446,11 +446,11 @@ def finish(rng: Rng, picture: Array, noise: float) -> Array:
 
 
 def small_picture(rng: Rng, kind: str) -> Array:
-    """Return a CIFAR-10 like picture (32, 32, 3): the object anywhere, at any size, drawn larger."""
+    """Return a CIFAR-10 like picture (32, 32, 3): the object not far from the middle."""
     side = 96
     picture = background(rng, side, side)
-    radius = side * rng.uniform(0.30, 0.5)
-    slack = side / 2 - radius * 0.8
+    radius = side * rng.uniform(0.4, 0.5)
+    slack = (side / 2 - radius * 0.8) / 2
     centre = (side / 2 + slack * rng.uniform(-1, 1), side / 2 + slack * rng.uniform(-1, 1))
     draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind),
                 flip=bool(rng.integers(2)))
@@ -466,8 +466,8 @@ def large_picture(rng: Rng, kind: str, height: int, width: int) -> Array:
         _clutter(rng, picture)
     picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.8))
     picture = cv2.resize(picture, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
-    radius = 2 * side * rng.uniform(0.26, 0.48)
-    slack_x, slack_y = max(0.0, width - radius * 0.85), max(0.0, height - radius * 0.85)
+    radius = 2 * side * rng.uniform(0.34, 0.5)
+    slack_x, slack_y = 0.6 * max(0.0, width - radius * 0.85), 0.6 * max(0.0, height - radius * 0.85)
     centre = (width + slack_x * rng.uniform(-1, 1), height + slack_y * rng.uniform(-1, 1))
     draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind),
                 flip=bool(rng.integers(2)))
@@ -477,4 +477,4 @@ def large_picture(rng: Rng, kind: str, height: int, width: int) -> Array:
 
 def _turn(rng: Rng, kind: str) -> float:
     """Return a rotation: aeroplanes bank, the others stand nearly upright."""
-    return float(rng.uniform(-0.9, 0.9) if kind == "airplane" else rng.uniform(-0.3, 0.3))
+    return float(rng.uniform(-0.6, 0.6) if kind == "airplane" else rng.uniform(-0.2, 0.2))
