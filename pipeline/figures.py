@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 BLUE, YELLOW, GREEN, RED, PURPLE, GREY = "#2f7fd1", "#e0a100", "#2f9e77", "#d1495b", "#8b6cc9", "#8a9099"
@@ -30,7 +32,7 @@ LOSS = "loss/train_epoch"
 _MEASURES = {"top1": BLUE, "top5": GREEN, "miou": BLUE, "pixel_accuracy": GREEN}
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f9fd", "#a9cbed", "#2f7fd1", "#123b66"])
 
-_STYLE: dict[str, Any] = {
+_SETTINGS: dict[str, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.axisbelow": True,
@@ -61,6 +63,12 @@ _STYLE: dict[str, Any] = {
 }
 
 
+def _style(changes: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+    """The look of all figures, with ``changes``, while it is entered."""
+    settings: Any = _SETTINGS | (changes or {})
+    return matplotlib.rc_context(settings)
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A figure with its name (of a file, and unique on a page) and its caption."""
@@ -74,14 +82,14 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write ``figure`` on white to ``path`` (.png or .svg); the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": path.stem}):
+    with _style({"svg.hashsalt": path.stem}):
         figure.savefig(path, dpi=dpi, facecolor="white", metadata=metadata)
 
 
 def inline_svg(figure: Figure, title: str) -> str:
     """``figure`` as SVG for a page: transparent, the ink in the page's text colour, scaled to its box."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+    with _style({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :].replace(INK, "currentColor")
@@ -106,7 +114,7 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
     whose name ends in ``_unrolled`` are dashed.
     """
     measures = _measures(history)
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         figure = Figure(figsize=(10.4, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         _curve(left, history, LOSS, BLUE, "training loss")
@@ -129,11 +137,11 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
 
 def accuracy_by_epoch(histories: Mapping[str, pd.DataFrame], measure: str, ylabel: str) -> Figure:
     """Figure 4a's axes: one validation measure against the epoch, a line a model."""
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
         for index, (name, history) in enumerate(histories.items()):
-            if measure in history and history[measure].notna().any():
+            if measure in history and bool(history[measure].notna().any()):
                 _curve(axes, history, measure, CYCLE[index % len(CYCLE)], name)
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
@@ -153,7 +161,7 @@ def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
         "residual": r"$\Vert f(z) - z\Vert \, / \, \Vert f(z)\Vert$",
     }
     shape = (1, 2) if len(traces) == 1 else (2, len(traces))
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         width = 8.4 if len(traces) == 1 else 3.4 * len(traces) + 0.6
         figure = Figure(figsize=(width, 3.3 * shape[0]), layout="constrained")
         grid = np.asarray(
@@ -183,7 +191,7 @@ def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory
     """
     names = list(relative)
     place = np.arange(len(names))
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         figure = Figure(figsize=(max(5.2, 1.3 * len(names) + 1.6), 3.4), layout="constrained")
         axes = figure.subplots()
         for offset, measure, colour in ((-0.2, "time", BLUE), (0.2, "memory", YELLOW)):
@@ -198,7 +206,7 @@ def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(f"relative to {reference}")
         axes.margins(y=0.18)
-        handles = [matplotlib.patches.Patch(color=c) for c in (BLUE, YELLOW)]
+        handles = [Patch(color=c) for c in (BLUE, YELLOW)]
         figure.legend(handles, ["time of a step", memory], loc="outside upper left", ncols=2)
     return figure
 
@@ -211,9 +219,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
     share = np.where(truth > 0, counts / np.maximum(truth, 1), np.nan)
     few = len(names) <= 20
     side = 0.36 * len(names) + 2.4 if few else 8.0
-    with matplotlib.rc_context(
-        {**_STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
-    ):
+    with _style({"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(side + 0.7, side), layout="constrained")
         axes = figure.subplots()
         colours = _BLUES.with_extremes(bad="#e9eaec")
@@ -242,8 +248,7 @@ def classified(
     """Images (N, H, W, 3) in 0..1 with their class, and the three most probable answers as bars below."""
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
-    plain = {**_STYLE, "axes.grid": False, "axes.titlesize": 8.5}
-    with matplotlib.rc_context(plain):
+    with _style({"axes.grid": False, "axes.titlesize": 8.5}):
         figure = Figure(figsize=(1.75 * columns, 2.55 * rows + 0.4), layout="constrained")
         figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
         grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.75, 0.8] * rows)
@@ -273,9 +278,9 @@ def segmented(
     height, width = truths[0].shape
     scene = 2.6
     rows = len(images)
-    present = sorted(set(np.unique(np.stack([*truths, *predictions]))) - {255})
+    present = [int(label) for label in np.unique(np.stack([*truths, *predictions])) if label != 255]
     legend_rows = -(-len(present) // 8)
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+    with _style({"axes.grid": False}):
         size = (4 * scene, rows * (scene * height / width + 0.06) + 0.6 + 0.22 * legend_rows)
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
@@ -297,7 +302,7 @@ def segmented(
             )  # fmt: skip
         for axes, name in zip(grid[0], ("image", "truth", "prediction", "errors (red)"), strict=True):
             axes.set_title(name, fontsize=9)
-        handles = [matplotlib.patches.Patch(color=colours[label] / 255) for label in present]
+        handles = [Patch(color=tuple(colours[label] / 255)) for label in present]
         labels = [names[label] for label in present]
         figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=7.5, handlelength=1.1)
     return figure
@@ -322,18 +327,18 @@ def _label(column: str) -> str:
 def _curve(axes: Axes, history: pd.DataFrame, column: str, colour: str, label: str) -> None:
     style = (0, (3, 2)) if "unrolled" in column else "-"
     drawn = history[history[column].notna()]
-    seeds = drawn.groupby("seed") if "seed" in drawn else [(0, drawn)]
+    seeds: Any = drawn.groupby("seed") if "seed" in drawn else [(0, drawn)]
     if len(seeds) > 1:
         for _, one in seeds:
             axes.plot(one["epoch"], one[column], color=colour, linewidth=0.7, alpha=0.4, linestyle=style)
-    mean = drawn.groupby("epoch")[column].mean()
+    mean: Any = drawn.groupby("epoch")[column].mean()
     marker = "o" if len(mean) <= 12 else None
     axes.plot(mean.index, mean, color=colour, linestyle=style, label=label, marker=marker, markersize=3.5)
 
 
 def _bands(axes: Axes, trace: pd.DataFrame, measure: str) -> None:
     for solver, own in trace.groupby("solver", sort=False):
-        groups = own.dropna(subset=[measure]).groupby("evaluation")[measure]
+        groups: Any = own.dropna(subset=[measure]).groupby("evaluation")[measure]
         mean, std = groups.mean(), groups.std(ddof=0)
         colour = SOLVER_COLOURS.get(str(solver), GREY)
         axes.plot(mean.index, mean, color=colour, label=SOLVER_NAMES.get(str(solver), str(solver)))
@@ -346,8 +351,8 @@ def _bands(axes: Axes, trace: pd.DataFrame, measure: str) -> None:
 
 
 def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[str]) -> None:
-    best = np.argsort(-probabilities)[:3]
-    place = -np.arange(len(best))
+    best = [int(label) for label in np.argsort(-probabilities)[:3]]
+    place = [-row for row in range(len(best))]
     axes.set_axis_on()
     axes.barh(place, [1] * len(best), color="#eef0f3", height=0.86)
     axes.barh(

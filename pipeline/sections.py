@@ -252,7 +252,8 @@ def _predictions_of(results: Results, dataset: str, model: str, found: Facts) ->
     if dataset == "cityscapes" and (dataset, model) in results.confusion:
         scores = iou_by_class(results.confusion[dataset, model])
         cells = (
-            (name, "not labelled" if pd.isna(score) else f"{score:.1f} %") for name, score in scores.items()
+            (str(name), "not labelled" if pd.isna(score) else f"{score:.1f} %")
+            for name, score in scores.items()
         )
         yield page.folded("IoU of each class", page.facts(cells))
 

@@ -24,24 +24,17 @@ STAGES = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune
 """The stage that trains on each set."""
 
 
-@dataclass(frozen=True)
 class First:
     """The first ``count`` samples of a split."""
 
-    whole: BatchDataset
-    count: int
-
-    @property
-    def classes(self) -> int:
-        """The number of classes of the whole."""
-        return self.whole.classes
+    def __init__(self, whole: BatchDataset, count: int) -> None:
+        self.whole, self.classes = whole, whole.classes
+        self.count = min(count, len(whole))
 
     def __len__(self) -> int:
-        """The number of samples."""
-        return min(self.count, len(self.whole))
+        return self.count
 
     def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        """The batch that the whole gives."""
         return self.whole[keys]
 
 
@@ -49,10 +42,8 @@ class First:
 class Trained:
     """A model in evaluation mode on its device, and its evaluation split.
 
-       ``    ``facts`` are strings and numbers to record beside every result: data, device, versions.
-       ``training_run`` is the tracked run that made the model, empty if it was not tracked.
-    are strings and numbers to record beside every result: the data's source, the training run, the
-       device.
+    ``facts`` are strings and numbers to record beside every result: data, device, versions. ``training_run``
+    is the tracked run that made the model, empty if it was not tracked.
     """
 
     network: nn.Module
@@ -98,7 +89,8 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
             f"{weights}: trained for {architecture.classes} classes, but the data have {split.classes}; "
             f"train it again: `python -m pipeline {STAGES[dataset]} {model}`"
         )
-    split = split if limit is None else First(split, limit)
+    if limit is not None:
+        split = First(split, limit)
     facts: dict[str, str | int] = {
         "data/source": summary["source"],
         "data/digest": summary["manifest"],

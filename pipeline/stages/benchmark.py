@@ -99,7 +99,7 @@ def _torchvision(name: str, small_input: bool) -> nn.Module:
     if small_input and isinstance(network, resnet.ResNet):
         width = network.conv1.out_channels
         network.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
-        network.maxpool = nn.Identity()
+        network.register_module("maxpool", nn.Identity())
     return network
 
 

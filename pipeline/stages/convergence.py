@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,13 +132,13 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
     """
     values: dict[str, float] = {}
     for solver, own in table.groupby("solver", sort=False):
-        last = own[own["evaluation"] == own["evaluation"].max()]
+        last: Any = own[own["evaluation"] == own["evaluation"].max()]
         for measure in ("change", "residual"):
             values[f"{solver}/{measure}"] = float(last[measure].mean())
             values[f"{solver}/{measure}_std"] = float(last[measure].std(ddof=0))
-        curve = own.groupby("evaluation")["residual"].mean()
+        curve: Any = own.groupby("evaluation")["residual"].mean()
         values[f"{solver}/residual_smallest"] = float(curve.min())
-        values[f"{solver}/evaluations"] = float(own["evaluation"].max())
+        values[f"{solver}/evaluations"] = float(curve.index[-1])
         for level in LEVELS:
             reached = curve.index[curve <= level]
             if len(reached):
@@ -146,12 +147,11 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
 
 
 def _log_curves(table: pd.DataFrame, tracker: tracking.Tracker) -> None:
-    for (solver, evaluation), row in (
-        table.groupby(["solver", "evaluation"])[["change", "residual"]].mean().iterrows()
-    ):
-        tracker.metrics(
-            {f"solver/{solver}_{name}": row[name] for name in row[row.notna()].index}, step=evaluation
-        )
+    for solver, own in table.groupby("solver", sort=False):
+        curves: Any = own.groupby("evaluation")[["change", "residual"]].mean()
+        for evaluation, row in curves.iterrows():
+            values = {f"solver/{solver}_{name}": value for name, value in row.items() if np.isfinite(value)}
+            tracker.metrics(values, step=evaluation)
 
 
 def _random_batches(split: BatchDataset, count: int, batch: int, seed: int) -> Iterator[Tensor]:
