@@ -184,6 +184,7 @@ class MlflowTracker:
         with self._guard():
             if self._monitor is not None:
                 self._monitor.finish()
+        self._retry_at = 0.0  # the last chance
         self.flush()
         with self._guard():
             client, run_id = self._open()
@@ -205,8 +206,10 @@ class MlflowTracker:
             if run.info.lifecycle_stage != "active":
                 return False
             self._client.update_run(run_id, status="RUNNING")
-        except MlflowException:
-            return False  # another store, or the run was deleted
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False  # another store, or the run was deleted for good
         # the latest step of each metric, without reading whole histories; MLflow has no public name for it
         self._known = {metric.key: metric.step for metric in run.data._metric_objs}
         self.run_id = run_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,13 @@ def test_no_file_speaks_of_the_place_it_was_written_in() -> None:
         ):
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert "/work/" + "main" not in text and "/work/" + "shared" not in text, name
+
+
+def test_the_readmes_examples_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
 
 
 # dvc.yaml

@@ -169,6 +169,15 @@ def test_a_store_that_comes_back_gets_what_it_missed(
     assert stored(machine, tracker.run_id).info.status == "FINISHED"
 
 
+def test_a_file_that_is_not_there_leaves_the_run_whole(machine: Machine) -> None:
+    with pytest.warns(RuntimeWarning, match="tracking failed"):
+        with tracking.start("classify", "x", None, machine) as tracker:
+            tracker.metrics({"loss/train": 1.0}, 0)
+            tracker.artifact(machine.root / "none.png")
+    assert stored(machine, tracker.run_id).info.status == "FINISHED"
+    assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0)]
+
+
 def test_tracking_can_be_switched_off_and_is_off_in_helper_processes(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
