@@ -296,7 +296,6 @@ PRETRAIN = {"pretrain@mdeq-small", "evaluate-imagenet@mdeq-small", "convergence@
 def test_a_change_reruns_its_instance_and_what_builds_on_it_alone(
     pipeline: Path, section: str, old: str, new: str, expected: set[str]
 ) -> None:
-    assert stale(pipeline) == set()
     change(pipeline, section, old, new)
     assert stale(pipeline) == expected
 
