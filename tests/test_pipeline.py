@@ -1,0 +1,134 @@
+"""The stages as a user runs them: real processes, real files, a small instance of every stage; one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+TRAINED = {"classify": "cifar10", "pretrain": "imagenet", "finetune": "cityscapes"}
+
+
+def small(params: dict) -> dict:
+    """The demo, made to run in seconds."""
+    drawn = {name: section["generated"] for name, section in params["prepare"].items()}
+    drawn["cifar10"] |= {"train": 320, "test": 100}
+    drawn["imagenet"] |= {"classes": 3, "train_per_class": 6, "val_per_class": 2}
+    drawn["cityscapes"] |= {"train": 6, "val": 2, "height": 64, "width": 128}
+    for stage in TRAINED:
+        params[stage] = {"mdeq-small": params[stage]["mdeq-small"]}
+        entry = params[stage]["mdeq-small"]
+        entry |= {"epochs": 2, "batch": 6, "seeds": [0], "checkpoint_minutes": 1e-6, "precision": "float32"}
+        entry |= {"warm_up": {"layers": 2, "steps": 1}, "forward": {"kind": "broyden", "steps": 4}}
+        entry["model"] |= {"channels": [8, 8] if stage == "classify" else [8, 8, 8, 8], "expansion": 2, "groups": 4}
+        if "final_channels" in entry["head"]:
+            entry["head"] |= {"channels": [4] * len(entry["model"]["channels"]), "final_channels": 16}
+    params["classify"]["mdeq-small"] |= {"batch": 32, "jacobian": {"weight": 0.5, "probability": 0.5}}
+    params["pretrain"]["mdeq-small"] |= {"image": 32}
+    params["finetune"]["mdeq-small"] |= {"crop": [32, 64]}
+    for section in params["convergence"].values():
+        section |= {"batches": 2, "batch": 1, "steps": 4}
+    return params
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    yaml = YAML(typ="safe")
+    params = small(yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8")))
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(params, file)
+    for name in TRAINED.values():
+        pipeline(folder, "prepare", name)
+    return folder
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MDEQ_", "MLFLOW_", "DVC_"))}
+    env = {**clean, "PYTHONPATH": str(ROOT), "MDEQ_THREADS": "1", "MDEQ_DEVICE": "cpu", **environment}
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def pipeline(folder: Path, *arguments: str, tracking: str = "off") -> str:
+    process = start(folder, *arguments, MDEQ_TRACKING=tracking)
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0, messages
+    return messages
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state"]
+
+
+def test_a_killed_stage_goes_on_to_the_very_weights_with_one_history(folder: Path) -> None:
+    results = folder / "results" / "classify" / "mdeq-small"
+    pipeline(folder, "classify", "mdeq-small")
+    whole = weights(results / "model.pt")
+    expected = pd.read_csv(results / "history.csv").drop(columns="time/seconds")
+    shutil.rmtree(results)
+
+    process = start(folder, "classify", "mdeq-small", MDEQ_TRACKING="on")
+    deadline = time.monotonic() + 120
+    while not list((folder / "work").glob("classify-mdeq-small/*/seed-0.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (results / "model.pt").exists()
+
+    pipeline(folder, "classify", "mdeq-small", tracking="on")
+    resumed = weights(results / "model.pt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    pd.testing.assert_frame_equal(pd.read_csv(results / "history.csv").drop(columns="time/seconds"), expected)
+    assert not (folder / "work" / "classify-mdeq-small").exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("mdeq").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["optimizer.kind"] == "adam"
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss/train")]
+    assert steps == [10, 20]
+    measured = [m.value for m in client.get_metric_history(run.info.run_id, "loss/train_epoch") if m.step in (10, 20)]
+    assert measured[:2] == pytest.approx(expected["loss/train_epoch"].tolist(), rel=1e-12)
+
+
+def test_the_chain_to_the_report(folder: Path) -> None:
+    """After the first test: pretraining, fine-tuning from its backbone, evaluation, convergence, report."""
+    for stage in ("pretrain", "finetune"):
+        pipeline(folder, stage, "mdeq-small")
+    for stage, name in TRAINED.items():
+        assert (folder / "results" / stage / "mdeq-small" / "curves.png").stat().st_size > 10_000
+        pipeline(folder, "evaluate", name, "mdeq-small")
+    pipeline(folder, "convergence", "cityscapes")
+    pipeline(folder, "report")
+
+    evaluated = json.loads((folder / "results/evaluate/cityscapes-mdeq-small/metrics.json").read_text())
+    trained = json.loads((folder / "results/finetune/mdeq-small/metrics.json").read_text())
+    assert evaluated["eval/miou"] == pytest.approx(trained["eval/miou"], abs=1e-9)
+    report = (folder / "results/report/results.md").read_text()
+    assert f"{evaluated['eval/miou']:.1f}" in report and "75.1" in report
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused(folder: Path) -> None:
+    yaml = YAML(typ="safe")
+    params = yaml.load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["classify"]["mdeq-small"]["warm_up"]["steps"] = 20
+    with (folder / "long.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(params, file)
+    process = start(folder, "classify", "mdeq-small", "--params", "long.yaml", MDEQ_TRACKING="off")
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in messages
+    assert "classify.mdeq-small.warm_up.steps: 20 must be fewer than the run's 20 updates" in messages
