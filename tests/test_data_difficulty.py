@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from torch import nn
 
-from pipeline.data import difficulty
+from pipeline.data import difficulty, generated
 from pipeline.data.cifar10 import Cifar10
 from pipeline.data.cityscapes import IGNORE
 
@@ -43,3 +45,16 @@ def test_a_linear_classifier_finds_what_is_linear_and_nothing_in_noise() -> None
         test = Cifar10(images[300:], labels[300:], augment=False, seed=0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
         assert low <= difficulty._classify(network, train, test, 40, 1e-3, 1e-2, "cpu") <= high
+
+
+def test_both_measurements_run_on_generated_data(tmp_path: Path) -> None:
+    generated.ensure(tmp_path / "cifar10", generated.GeneratedCifar10(train=50, test=20))
+    generated.ensure(
+        tmp_path / "cityscapes", generated.GeneratedCityscapes(train=3, val=2, height=32, width=64)
+    )
+    for lines in (
+        difficulty.of_cifar10(tmp_path / "cifar10", epochs=1),
+        difficulty.of_cityscapes(tmp_path / "cityscapes", epochs=1),
+    ):
+        assert len(lines) >= 2
+        assert all(0 <= line.accuracy <= 1 for line in lines)
