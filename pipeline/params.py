@@ -66,7 +66,8 @@ class Ranges:
             if extra is not None:
                 kind = Annotated[kind, extra] if isinstance(extra, FieldInfo) else extra
             declared[field.name] = (kind, ... if field.default is MISSING else field.default)
-        mirror = create_model(source.__name__, __base__=Section, __doc__=source.__doc__, **declared)
+        summary = " ".join((source.__doc__ or "").partition("\n\n")[0].split())
+        mirror = create_model(source.__name__, __base__=Section, __doc__=summary, **declared)
 
         def build(checked: Section) -> Any:
             return source(**{name: getattr(checked, name) for name in declared})

@@ -26,11 +26,26 @@ class Many(BaseModel):
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables: they take seconds to make, so tests copy this one."""
+def two_at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
+    """A store made by two processes at once, and how they ended."""
     root = tmp_path_factory.mktemp("store")
-    tracking.open_store(Machine(root, tracking_uri=f"sqlite:///{root / 'mlflow.db'}"))
-    return root / "mlflow.db"
+    code = (
+        "from pathlib import Path; from pipeline import tracking; from pipeline.machine import Machine; "
+        f"root = Path({str(root)!r}); "
+        "print(tracking.open_store(Machine(root, tracking_uri=f'sqlite:///{root}/mlflow.db'))[1])"
+    )
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=240) for process in both]
+    return root / "mlflow.db", [
+        (process.returncode, *texts) for process, texts in zip(both, said, strict=True)
+    ]
+
+
+@pytest.fixture
+def empty_store(two_at_once: tuple[Path, object]) -> Path:
+    """A store with its tables: they take seconds to make, so tests copy this one."""
+    return two_at_once[0]
 
 
 @pytest.fixture
@@ -210,22 +225,12 @@ def test_the_store_lies_in_the_main_checkout_during_queued_experiments(
     assert Machine.from_environment("cpu").tracking_uri == "http://mlflow:5000"
 
 
-@pytest.mark.slow
-def test_two_stages_may_create_one_store_at_once(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path; from pipeline import tracking; from pipeline.machine import Machine; "
-        f"root = Path({str(tmp_path)!r}); "
-        "print(tracking.open_store(Machine(root, tracking_uri=f'sqlite:///{root}/mlflow.db'))[1])"
-    )
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    done = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], done
-    assert done[0][0] == done[1][0]
+def test_two_stages_may_create_one_store_at_once(
+    two_at_once: tuple[Path, list[tuple[int, str, str]]],
+) -> None:
+    (first, second) = two_at_once[1]
+    assert first[0] == second[0] == 0, (first, second)
+    assert first[1] == second[1]
 
 
 def test_flatten_names_nested_params() -> None:
