@@ -22,8 +22,8 @@ class Number:
 class Row:
     """One system of a table.
 
-    ``model`` names the stage instance that reproduces the row; it is None where the paper quotes somebody's
-    published number, ``cited`` being its place in the paper's references.
+    ``model`` names the stage instance that reproduces the row, None where nothing here does; ``cited`` is the
+    system's place in the paper's references; ``missing`` says why a named model cannot be run yet.
     """
 
     system: str

@@ -54,7 +54,7 @@ class Results:
 class Line:
     """A row of a results table.
 
-    ``status`` is measured, not run, or quoted (the paper quotes somebody's number; nobody runs it here).
+    ``status`` is measured, not run, or paper only (a system that is not rebuilt here).
     ``note`` is the reason where nothing was measured, and the data where something was. ``comparable`` says
     whether ours ran on the very data of the paper.
     """
@@ -152,7 +152,7 @@ def _line(results: Results, table: Table, row: Row) -> Line:
     paper = tuple(number(value) for value in row.values) or ("",) * len(table.measures)
     nothing = ("",) * len(table.measures)
     if row.model is None:
-        return Line(row, "quoted", paper, nothing, f"the paper quotes it from {row.cited}; not rebuilt here")
+        return Line(row, "paper only", paper, nothing, f"its number for {row.cited}; not rebuilt here")
     training = results.training.get((table.stage, row.model), {})
     evaluation = results.evaluation.get((table.dataset, row.model), {})
     if not training and not evaluation:

@@ -13,7 +13,7 @@ from pipeline.paper import FIGURE_4B, FIGURE_4B_RELATIVE, TABLES, Table
 from pipeline.results import NAMES, Facts, Line, Results, data_statement, iou_by_class, short_commit
 
 TITLE = "Multiscale Deep Equilibrium Models: the paper's numbers and ours"
-KINDS = {"measured": "ours", "quoted": "quoted", "not run": "missing"}
+KINDS = {"measured": "ours", "paper only": "quoted", "not run": "missing"}
 SOLVER_COLUMNS = (
     ("solver/relative_residual", "residual, mean", "{:.2g}"),
     ("solver/relative_residual_max", "residual, worst", "{:.2g}"),

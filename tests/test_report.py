@@ -174,7 +174,7 @@ def test_nothing_run_is_a_report_that_says_so(here: Path) -> None:
     report.run(Machine(here))
     page, markdown, record = written()
     statuses = {row["status"] for table in record["tables"] for row in table["rows"]}
-    assert statuses == {"quoted", "not run"}
+    assert statuses == {"paper only", "not run"}
     assert "python -m pipeline classify mdeq-small" in page
     assert "not run here" in markdown
     assert "no results/benchmark/runtime.json" in page

@@ -62,14 +62,14 @@ def show() -> None:
 
 
 def _grid(table: dict[str, Any]) -> Grid:
-    """A table of results.json for the terminal, without the rows that the paper only quotes."""
+    """A table of results.json for the terminal, without the systems that are not rebuilt here."""
     grid = Grid(title=f"Table {table['number']}: {table['title']}", title_justify="left", title_style="bold")
     grid.add_column("system")
     grid.add_column("paper", justify="right", no_wrap=True)
     grid.add_column("ours", justify="right", no_wrap=True)
     grid.add_column("where it ran")
     for row in table["rows"]:
-        if row["status"] == "quoted":
+        if row["status"] == "paper only":
             continue
         measured = row["status"] == "measured"
         where = f"{row['data']}; {row['device']}; seed {row['seeds']}" if measured else "not run here"
