@@ -95,12 +95,13 @@ def run(
                     observer=progress,
                 )
             facts = {"stage": stage, "model": name, "seed": seed, "classes": architecture.classes}
-            meta = {**facts, "params": params.model_dump(mode="json"), **machine.describe()}
+            meta = {**facts, "run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
             file = "model.pt" if seed == params.seeds[0] else f"model-seed-{seed}.pt"
             save_model(out / file, architecture, model, meta)
         metrics = _metrics(histories, sum(p.numel() for p in model.parameters()), machine)
         facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
-        _write(out, histories, {**metrics, **facts, "seeds": params.seeds, "batch": params.batch, "epochs": params.epochs})
+        setting = {"seeds": params.seeds, "batch": params.batch, "epochs": params.epochs, "run": tracker.run_id}
+        _write(out, histories, {**metrics, **facts, **setting})
         last = max(row["step"] for rows in histories.values() for row in rows)
         tracker.metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step=int(last))
         for file in ("metrics.json", "history.csv", "curves.png"):
