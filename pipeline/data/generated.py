@@ -105,16 +105,13 @@ def _is_whole(root: Path, marker: Path, recipe: dict) -> bool:
         drawn = json.loads(marker.read_text())
     except ValueError:
         return False
-    if drawn["recipe"] != recipe:
-        return False
-    present = {str(path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file()} - {
-        MARKER
-    }
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    present.discard(MARKER)
     for path in sorted(present - set(drawn["files"])):
         raise DataError(
             f"{root / path}: not one of the generated files; move it away, or set the source to folder"
         )
-    if present != set(drawn["files"]):
+    if drawn["recipe"] != recipe or present != set(drawn["files"]):
         return False
     touched = False
     for path, entry in drawn["files"].items():
@@ -150,11 +147,11 @@ def _draw(root: Path, params: Generated, recipe: dict) -> None:
     for folder in sorted(drawing.iterdir()):
         shutil.rmtree(root / folder.name, ignore_errors=True)
         folder.rename(root / folder.name)
-    drawing.rmdir()
     for path, entry in entries.items():
         status = (root / path).stat()
         entry["stamp"] = [status.st_size, status.st_mtime_ns]
     (root / MARKER).write_text(json.dumps({"recipe": recipe, "files": entries}))
+    drawing.rmdir()
 
 
 # ---- the three sets; each yields, picture by picture, the files that are complete

@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -105,7 +106,7 @@ def unpack(root: Path) -> None:
         _unpack(root, "val", VAL_ARCHIVE, _unpack_val)
 
 
-def _unpack(root: Path, split: str, archive: str, how) -> None:  # noqa: ANN001
+def _unpack(root: Path, split: str, archive: str, how: Callable[[Path, Path], None]) -> None:
     partial = root / f"{split}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -116,7 +117,7 @@ def _unpack(root: Path, split: str, archive: str, how) -> None:  # noqa: ANN001
         raise DataError(f"{root / archive}: cannot be unpacked ({error})") from None
 
 
-def _members(archive: Path, content: IO[bytes] | None, pattern: str):  # noqa: ANN202
+def _members(archive: Path, content: IO[bytes] | None, pattern: str) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield (name, open file) of a tar; anything that is not a plain file named as expected is refused.
 
     Names are matched whole against `pattern`, which knows no slash: nothing can land outside its folder, and

@@ -37,6 +37,7 @@ class Found:
 class Manifest:
     """The columns of a manifest.csv, all of equal length; every value is the text that stands in the file."""
 
+    path: Path
     columns: dict[str, list[str]]
 
     @classmethod
@@ -53,7 +54,7 @@ class Manifest:
             raise DataError(
                 f"{path}: not a manifest, or an empty one; run `python -m pipeline prepare` again"
             )
-        return cls(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+        return cls(path, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
     def __getitem__(self, column: str) -> list[str]:
         """Return one column."""
@@ -67,8 +68,10 @@ class Manifest:
         """Return the rows of one split (train, val or test)."""
         keep = [i for i, split in enumerate(self.columns["split"]) if split == name]
         if not keep:
-            raise DataError(f"the manifest has no rows of the split {name!r}")
-        return Manifest({column: [values[i] for i in keep] for column, values in self.columns.items()})
+            raise DataError(f"{self.path}: has no rows of the split {name!r}")
+        return Manifest(
+            self.path, {column: [values[i] for i in keep] for column, values in self.columns.items()}
+        )
 
 
 def data_root(name: str, source: str, machine: Machine) -> Path:

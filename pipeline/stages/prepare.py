@@ -34,19 +34,30 @@ OUTPUTS = ("manifest.csv", "summary.json", "contact_sheet.png")
 class Format(Protocol):
     """What a data set's module offers to this stage."""
 
-    def unpack(self, root: Path) -> None: ...  # noqa: D102
+    def unpack(self, root: Path) -> None:
+        """Unpack official archives that lie in `root`, where their part of the tree is missing."""
 
-    def download(self, root: Path) -> None: ...  # noqa: D102
+    def download(self, root: Path) -> None:
+        """Fetch what is missing with the official tool, or say how it is fetched."""
 
-    def find(self, root: Path) -> list[Found]: ...  # noqa: D102
+    def find(self, root: Path) -> list[Found]:
+        """Return the rows to be, by names alone."""
+        ...
 
-    def inspect(self, root: Path, found: Found) -> Row: ...  # noqa: D102
+    def inspect(self, root: Path, found: Found) -> Row:
+        """Read the files of one row."""
+        ...
 
-    def check(self, root: Path, rows: list[Row]) -> None: ...  # noqa: D102
+    def check(self, root: Path, rows: list[Row]) -> None:
+        """Check what no single row shows."""
 
-    def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]: ...  # noqa: D102
+    def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]:
+        """Return the number of images (Cityscapes: pixels) of each split and class."""
+        ...
 
-    def samples(self, root: Path, rows: list[Row], each: int) -> Samples: ...  # noqa: D102
+    def samples(self, root: Path, rows: list[Row], each: int) -> Samples:
+        """Return the pictures of the contact sheet, in named groups of `each`."""
+        ...
 
 
 def run(name: str, params: PrepareParams, machine: Machine) -> None:
