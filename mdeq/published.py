@@ -1,11 +1,19 @@
-"""The authors' published state dicts, renamed to ours; strictly: every name is known and every name is used."""
+"""The authors' published checkpoints under our names; strictly: every name is known, and is used or known to repeat another.
+
+Both releases are read. The older one holds f_theta up to four times: `fullstage` and, the same tensors, `deq.func`; and
+the copies that its backward pass used, `fullstage_copy` and `deq.func_copy`, which may lag a step behind.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+
+_COPIES = ("fullstage_copy.", "deq.func_copy.")
 
 _RENAMES = [
     (r"downsample\.", "backbone.stem."),
@@ -30,21 +38,39 @@ _RENAMES = [
 ]
 
 
+def state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The published state dict in what a published file holds: bare, or wrapped with an optimiser; `module.` removed."""
+    state = checkpoint.get("state_dict", checkpoint)
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict under the names of `mdeq.model.Network`.
+    """A published state dict, of either release, under the names of `mdeq.model.Network`.
 
     Raises:
         KeyError: for names that no published MDEQ has, all of them listed.
+        ValueError: if `deq.func` is not the `fullstage` that it repeats.
     """
-    renamed, unknown = {}, []
+    renamed: dict[str, Tensor] = {}
+    unknown = []
     for name, value in state.items():
-        for pattern, replacement in _RENAMES:
-            ours, hits = re.subn("^" + pattern, replacement, name)
-            if hits:
-                renamed[ours] = value
-                break
-        else:
+        if name.startswith(_COPIES):
+            continue
+        ours = _ours(re.sub(r"^deq\.func\.", "fullstage.", name))
+        if ours is None:
             unknown.append(name)
+        elif ours in renamed and not torch.equal(renamed[ours], value):
+            raise ValueError(f"{name}: differs from the tensor that it should repeat ({ours} here)")
+        else:
+            renamed[ours] = value
     if unknown:
         raise KeyError(f"not names of a published MDEQ: {', '.join(unknown)}")
     return renamed
+
+
+def _ours(name: str) -> str | None:
+    for pattern, replacement in _RENAMES:
+        ours, hits = re.subn("^" + pattern, replacement, name)
+        if hits:
+            return ours
+    return None

@@ -185,17 +185,44 @@ def report() -> None:
 
 @app.command(rich_help_panel="Around them")
 def show() -> None:
-    """Print the results table of the last report, and where to look further."""
-    table = Path("results/report/results.md")
-    if not table.is_file():
-        _fail(f"{table}: no report yet; `make repro` or `dvc repro` makes it")
-    from rich.console import Console
-    from rich.markdown import Markdown
+    """Print the results tables of the last report, and where to look further."""
+    with _reported():
+        from pipeline.stages import report as stage
 
-    console = Console()
-    console.print(Markdown(table.read_text(encoding="utf-8")))
-    console.print(f"\nReport:  {table.with_name('index.html').resolve()}", soft_wrap=True, highlight=False)
-    console.print("Runs:    make ui   (MLflow, on http://127.0.0.1:5000)", highlight=False)
+        if not (stage.OUT / "results.json").is_file():
+            _fail(f"{stage.OUT}: no report yet; `make repro` or `dvc repro` makes it")
+        stage.show()
+
+
+@app.command(rich_help_panel="Around them")
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="The authors' checkpoint, of either release.", dir_okay=False)],
+    model: Annotated[str, typer.Option(help="<set>-<name> of params/paper.yaml, as imagenet-mdeq-small.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; else where its stage would.")] = None,
+) -> None:
+    """Make a model that evaluate and finetune take of the authors' published weights.
+
+    Example: `python -m pipeline import-weights MDEQ_Small_Cls.pkl --model imagenet-mdeq-small`
+    """
+    with _reported():
+        from pipeline import weights
+
+        typer.echo(f"{file} -> {weights.import_weights(file, model, out)}")
+
+
+@app.command(rich_help_panel="Around them")
+def sizes() -> None:
+    """Print the parameter count of every preset beside the paper's and the published code's."""
+    with _reported():
+        from rich.console import Console
+        from rich.table import Table
+
+        from pipeline import weights
+
+        table = Table("model", "parameters", "paper", "published code")
+        for name, count, paper, published in weights.sizes():
+            table.add_row(name, f"{count:,}", paper, published)
+        Console().print(table)
 
 
 @app.command(rich_help_panel="Around them")

@@ -184,17 +184,6 @@ def test_signals_end_a_real_stage_in_good_order(workspace: Path, number: int, co
     assert (done.returncode, done.stdout) == (code, "closed\n"), done.stderr
 
 
-def test_show_prints_the_table_and_where_to_look(workspace: Path) -> None:
-    (workspace / "results/report").mkdir(parents=True)
-    (workspace / "results/report/results.md").write_text(
-        "| what | paper | ours |\n|---|---|---|\n| x | 87.1 | 86 |\n"
-    )
-    result = invoke("show")
-    assert result.exit_code == 0
-    for text in ("87.1", "results/report/index.html", "make ui"):
-        assert text in result.stdout
-
-
 def test_the_machines_fingerprint_is_the_same_twice(workspace: Path) -> None:
     assert invoke("machine").exit_code == 0
     first = (workspace / "results/machine.json").read_text()

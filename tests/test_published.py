@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdeq import Broyden, ClassificationHeadConfig, MDEQConfig, Network, SegmentationHeadConfig
-from mdeq.published import rename
+from mdeq.published import rename, state_dict
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -71,6 +71,23 @@ def test_numbers_of_the_published_code(reference):
 def test_unknown_names_are_listed():
     with pytest.raises(KeyError, match=r"mystery\.weight, other\.bias"):
         rename({"stage0.0.weight": torch.zeros(1), "mystery.weight": torch.zeros(1), "other.bias": torch.zeros(1)})
+
+
+def test_the_older_release_wrappers_and_repetitions(reference):
+    data, network = reference
+    state = {k.removeprefix("state/"): torch.from_numpy(data[k]) for k in data.files if k.startswith("state/")}
+    inner = {k.removeprefix("fullstage."): v for k, v in state.items() if k.startswith("fullstage.")}
+    older = dict(state)
+    older |= {f"deq.func.{k}": v for k, v in inner.items()}
+    older |= {f"{copy}.{k}": v + 1 for k, v in inner.items() for copy in ("fullstage_copy", "deq.func_copy")}
+    wrapped = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in older.items()}, "optimizer": {}}
+    expected = rename(state)
+    found = rename(state_dict(wrapped))
+    assert found.keys() == expected.keys() == network.state_dict().keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    spoilt = next(k for k in older if k.startswith("deq.func."))
+    with pytest.raises(ValueError, match=spoilt):
+        rename(older | {spoilt: older[spoilt] + 1})
 
 
 def test_parameter_counts_of_the_published_code():

@@ -44,11 +44,7 @@ def run(machine: Machine) -> None:
 def show() -> None:
     """Print the results tables of the last report, and where to look further."""
     console = Console()
-    path = OUT / "results.json"
-    if not path.is_file():
-        console.print(f"{path}: no report yet; `python -m pipeline report` makes it", soft_wrap=True)
-        return
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads((OUT / "results.json").read_text(encoding="utf-8"))
     for table in record["tables"]:
         console.print(_grid(table))
     benchmark = record["figures"]["4b"]

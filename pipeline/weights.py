@@ -1,0 +1,92 @@
+"""The authors' published weights as a model of this pipeline, and every preset's size beside the paper's."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mdeq.published import rename, state_dict
+from pipeline.checkpoints import Architecture, CheckpointError, save_model
+from pipeline.params import load
+
+if TYPE_CHECKING:
+    from pipeline.train_params import TrainParams
+
+STAGES = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
+CLASSES = {"cifar10": 10, "imagenet": 1000, "cityscapes": 19}
+
+# paper (Tables 1 to 3), published code
+PUBLISHED_SIZES = {
+    "cifar10-mdeq-small": ("170K", "158,890"),
+    "cifar10-mdeq": ("10M", "11,097,438"),
+    "imagenet-mdeq-small": ("18M", "16,808,936"),
+    "imagenet-mdeq-large": ("63M", "67,063,624"),
+    "imagenet-mdeq-xl": ("81M", "90,463,280"),
+    "cityscapes-mdeq-small": ("7.8M", "8,968,467"),
+    "cityscapes-mdeq-large": ("53.0M", "55,955,859"),
+    "cityscapes-mdeq-xl": ("70.9M", "79,551,755"),
+}
+
+# what the published checkpoints hold besides tensors: a numpy scalar, the best accuracy
+_SCALARS = [np.dtype, np.dtypes.Float64DType, np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+
+
+def import_weights(file: Path, model: str, out: Path | None = None, presets: Path = Path("params/paper.yaml")) -> Path:
+    """Writes the published `file` as results/<stage>/<name>/model.pt, which evaluate and finetune take.
+
+    Args:
+        file: The authors' checkpoint, of either release.
+        model: <set>-<name>, as imagenet-mdeq-small: the preset it belongs to.
+        out: Where to write instead.
+        presets: The params file with the preset.
+
+    Raises:
+        CheckpointError: if the file is no checkpoint or does not fit the preset; lists every name that does not.
+    """
+    dataset, _, name = model.partition("-")
+    if dataset not in STAGES:
+        raise CheckpointError(f"--model {model}: begin with the set: {', '.join(f'{s}-mdeq-small' for s in STAGES)}")
+    params = load(STAGES[dataset], name, presets)
+    architecture = _architecture(params, CLASSES[dataset])
+    network = architecture.build()
+    try:
+        network.load_state_dict(rename(state_dict(_open(file))))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: does not fit {model}: {str(error).strip(chr(39))}") from error
+    path = out or Path("results", STAGES[dataset], name, "model.pt")
+    meta = {"stage": STAGES[dataset], "model": name, "classes": CLASSES[dataset], "run_id": None}
+    save_model(path, architecture, network, {**meta, "published": file.name, "params": params.model_dump(mode="json")})
+    return path
+
+
+def sizes(presets: Path = Path("params/paper.yaml")) -> list[tuple[str, int, str, str]]:
+    """<set>-<name>, trainable parameters, and what the paper and the published code say, for every preset."""
+    from ruamel.yaml import YAML
+
+    data = YAML(typ="safe").load(presets.read_text(encoding="utf-8"))
+    rows = []
+    for dataset, stage in STAGES.items():
+        for name in data[stage]:
+            with torch.device("meta"):
+                network = _architecture(load(stage, name, presets), CLASSES[dataset]).build()
+            paper, published = PUBLISHED_SIZES.get(f"{dataset}-{name}", ("", ""))
+            rows.append((f"{dataset}-{name}", sum(p.numel() for p in network.parameters()), paper, published))
+    return rows
+
+
+def _open(file: Path) -> dict:
+    try:
+        with torch.serialization.safe_globals(_SCALARS):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: no such file") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def _architecture(params: TrainParams, classes: int) -> Architecture:
+    return Architecture(params.model, params.head, classes, params.forward, params.backward)
