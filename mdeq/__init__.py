@@ -1,4 +1,4 @@
-"""Multiscale deep equilibrium models (Bai, Koltun, Kolter, NeurIPS 2020): the model, its solvers, implicit gradients."""
+"""Multiscale deep equilibrium models (Bai, Koltun, Kolter, NeurIPS 2020): model, solvers, implicit gradients."""
 
 from mdeq.equilibrium import Implicit, Phantom, equilibrium, unroll
 from mdeq.heads import ClassificationHeadConfig, SegmentationHeadConfig

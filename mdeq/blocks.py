@@ -1,4 +1,4 @@
-"""The residual block (Fig. 2, Eq. 5) and the adaptations of Sec. 3.3: weight normalisation, variational dropout, softplus.
+"""The residual block (Fig. 2, Eq. 5), and Sec. 3.3: weight normalisation, variational dropout, softplus.
 
 What stays fixed during a solve is computed once: `bind` gives a function of z alone that holds the effective weights,
 the dropout mask and the injection.
@@ -45,7 +45,7 @@ class Convolution(nn.Module):
 
 
 def variational_dropout(like: Tensor, channels: int, p: float) -> Tensor:
-    """One mask a sample and channel, (B, channels, 1, 1), scaled by 1 / (1 - p); the same in every call of f (Sec. 3.3)."""
+    """One mask a sample and channel, (B, channels, 1, 1), scaled by 1 / (1 - p), for all calls of f (Sec. 3.3)."""
     return like.new_empty(like.shape[0], channels, 1, 1).bernoulli_(1 - p).div_(1 - p)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ClassificationHeadConfig:
-    """Bottlenecks of `channels` at each scale, merged from the highest resolution down; `final_channels` before the linear layer."""
+    """Bottlenecks of `channels`, one a scale, merged from the highest resolution down to `final_channels`."""
 
     channels: tuple[int, ...]
     final_channels: int
@@ -57,14 +57,10 @@ class Bottleneck(nn.Module):
 class ClassificationHead(nn.Module):
     """All scales through bottlenecks, each merged into the next lower resolution, pooled, and classified."""
 
-    def __init__(
-        self, config: ClassificationHeadConfig, inputs: Sequence[int], classes: int, momentum: float
-    ) -> None:
+    def __init__(self, config: ClassificationHeadConfig, inputs: Sequence[int], classes: int, momentum: float) -> None:
         super().__init__()
         widths = [Bottleneck.expansion * c for c in config.channels]
-        self.increase = nn.ModuleList(
-            Bottleneck(c, h, momentum) for c, h in zip(inputs, config.channels, strict=True)
-        )
+        self.increase = nn.ModuleList(Bottleneck(c, h, momentum) for c, h in zip(inputs, config.channels, strict=True))
         self.merge = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b, momentum=momentum), nn.ReLU())
             for a, b in zip(widths, widths[1:], strict=False)

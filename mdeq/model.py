@@ -80,7 +80,7 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits (B, classes) or (B, classes, H_1, W_1); and the equilibrium they were read from, None for explicit models."""
+    """Logits (B, classes) or (B, classes, H_1, W_1), and the equilibrium they were read from (explicit models: None)."""
 
     logits: Tensor
     equilibrium: Equilibrium | None
@@ -111,7 +111,7 @@ class MDEQ(nn.Module):
             *_stem_layer(3, first, 3, strides[0], momentum), *_stem_layer(first, first, 3, strides[1], momentum)
         )
         plain = config.downsamplings == 0 and len(config.channels) <= 2
-        self.stage0 = nn.Identity() if plain else nn.Sequential(*_stem_layer(first, first, 1, 1, momentum))
+        self.stage0: nn.Module = nn.Identity() if plain else nn.Sequential(*_stem_layer(first, first, 1, 1, momentum))
         initialise(self)
         self.f = Transformation(
             config.channels,
@@ -153,7 +153,9 @@ class MDEQ(nn.Module):
         """f on the flat state for this batch, the starting point z = 0 (B, D), and the shapes that split a state."""
         x = self.inject(image)
         scales = Scales.of(self.config.channels, *x.shape[-2:])
-        z0 = scales.zeros(len(x), like=self.stem[0].weight.detach())  # autocast may have x in half precision, a state never is
+        z0 = scales.zeros(
+            len(x), like=self.stem[0].weight.detach()
+        )  # autocast may have x in half precision, a state never is
         return self.f.bind(x, scales, softplus), z0, scales
 
     def inject(self, image: Tensor) -> Tensor:
@@ -190,9 +192,7 @@ class Network(nn.Module):
         jacobian_probes: int = 0,
     ) -> Prediction:
         """Logits for a batch (B, 3, H, W); the arguments are those of `MDEQ.forward`."""
-        z = self.backbone(
-            image, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=jacobian_probes
-        )
+        z = self.backbone(image, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=jacobian_probes)
         return Prediction(self.head(z.scales), z)
 
 

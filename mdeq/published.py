@@ -1,4 +1,4 @@
-"""The authors' published checkpoints under our names; strictly: every name is known, and is used or known to repeat another.
+"""The authors' published checkpoints under our names, strictly: every name is used, or known to repeat another.
 
 Both releases are read. The older one holds f_theta up to four times: `fullstage` and, the same tensors, `deq.func`; and
 the copies that its backward pass used, `fullstage_copy` and `deq.func_copy`, which may lag a step behind.
@@ -39,7 +39,7 @@ _RENAMES = [
 
 
 def state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The published state dict in what a published file holds: bare, or wrapped with an optimiser; `module.` removed."""
+    """The published state dict in what a published file holds: bare or wrapped; `module.` removed."""
     state = checkpoint.get("state_dict", checkpoint)
     return {name.removeprefix("module."): value for name, value in state.items()}
 

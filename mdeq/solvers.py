@@ -289,7 +289,7 @@ def _least_squares(hessenberg: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Track:
-    """Residual, stopping and best iterate of each sample. The starting point is the best only until another is finite."""
+    """Residual, stopping and best iterate of each sample. The start is the best only until another is finite."""
 
     def __init__(self, z0: Tensor, tolerance: float, stop: Stop, scale: Tensor | None) -> None:
         batch = z0.shape[0]

@@ -62,9 +62,7 @@ class Architecture:
             return NarrowResNet18(self.model, self.classes)
         if self.head is None:
             raise ValueError("head: an MDEQ needs one")
-        return Network(
-            self.model, self.head, self.classes, self.forward or Broyden(), self.backward or Implicit()
-        )
+        return Network(self.model, self.head, self.classes, self.forward or Broyden(), self.backward or Implicit())
 
 
 def save_model(path: Path, architecture: Architecture, model: nn.Module, meta: dict[str, Any]) -> None:

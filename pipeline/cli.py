@@ -49,14 +49,10 @@ class DataSet(enum.StrEnum):
 
 
 Set = Annotated[DataSet, typer.Argument(help="The data set.")]
-Model = Annotated[
-    str, typer.Argument(help="A model of this stage's section in params.yaml.", show_default=False)
-]
+Model = Annotated[str, typer.Argument(help="A model of this stage's section in params.yaml.", show_default=False)]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="cpu, cuda, cuda:N or mps; else MDEQ_DEVICE, else a GPU if there is one.", show_default=False
-    ),
+    typer.Option(help="cpu, cuda, cuda:N or mps; else MDEQ_DEVICE, else a GPU if there is one.", show_default=False),
 ]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Loader processes; else MDEQ_WORKERS, else 0.", show_default=False)
@@ -137,9 +133,7 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Stages")
-def convergence(
-    dataset: Set, device: Device = None, workers: Workers = None, params: Params = PARAMS
-) -> None:
+def convergence(dataset: Set, device: Device = None, workers: Workers = None, params: Params = PARAMS) -> None:
     """How fast Broyden's method and plain iteration find the equilibria of a trained model (Figure 5).
 
     Example: `python -m pipeline convergence cifar10`
@@ -314,9 +308,7 @@ def _mendable() -> tuple[type[BaseException], ...]:
         "pipeline.checkpoints": "CheckpointError",
         "pipeline.training": "TrainingError",
     }
-    return tuple(
-        getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules
-    )
+    return tuple(getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules)
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What classify, pretrain and finetune share: every seed's training with exact resume, tracked, and its results written.
+"""What classify, pretrain and finetune share: a training a seed, with exact resume, tracked, its results written.
 
 The resumable state lies in work/<stage>-<model>/<fingerprint>/, which DVC does not know; the results are written at the
 end, whole, into results/<stage>/<model>/.
@@ -69,9 +69,11 @@ def run(
         "torch": torch.__version__,
         **(depends or {}),
     }
-    states = {seed: RunState(machine.root / "work" / f"{stage}-{name}", identity, f"seed-{seed}") for seed in params.seeds}
+    work = machine.root / "work" / f"{stage}-{name}"
+    states = {seed: RunState(work, identity, f"seed-{seed}") for seed in params.seeds}
     if differences := states[params.seeds[0]].differences():
-        print(f"{stage} {name}: starts afresh; its interrupted run differs in {', '.join(differences)}", file=sys.stderr)
+        changed = ", ".join(differences)
+        print(f"{stage} {name}: starts afresh; its interrupted run differs in {changed}", file=sys.stderr)
     run_id = next((saved["run_id"] for s in states.values() if (saved := s.load())), None)
     architecture = _architecture(params, first.train.classes)
 

@@ -96,9 +96,7 @@ def inline_svg(figure: Figure, title: str) -> str:
     markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.S)
     markup = re.sub(r"font: ([^;\"]*?)'[^\"]*?sans-serif", r"font: \1inherit-family", markup)
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(
-        r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img" aria-label="' + title + '"', markup, count=1
-    )
+    markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img" aria-label="' + title + '"', markup, count=1)
     # ids are unique within one figure only; a page holds several
     prefix = re.sub(r"\W+", "-", title.lower())
     markup = re.sub(r'\bid="', f'id="{prefix}-', markup)
@@ -197,9 +195,7 @@ def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory
         for offset, measure, colour in ((-0.2, "time", BLUE), (0.2, "memory", YELLOW)):
             heights = [relative[name].get(measure, float("nan")) for name in names]
             bars = axes.bar(place + offset, heights, width=0.36, color=colour)
-            axes.bar_label(
-                bars, [f"{h:.2f}" if np.isfinite(h) else "" for h in heights], padding=2, fontsize=8.5
-            )
+            axes.bar_label(bars, [f"{h:.2f}" if np.isfinite(h) else "" for h in heights], padding=2, fontsize=8.5)
         axes.axhline(1, color=INK, linewidth=0.7, linestyle=(0, (2, 4)), alpha=0.6, zorder=0)
         axes.set_xticks(place, [_wrap(name) for name in names])
         axes.tick_params(axis="x", length=0)
@@ -310,12 +306,7 @@ def segmented(
 
 def _measures(history: pd.DataFrame) -> list[str]:
     """The validation columns to draw, at the equilibrium and unrolled."""
-    return [
-        f"eval/{name}{end}"
-        for name in _MEASURES
-        for end in ("", "_unrolled")
-        if f"eval/{name}{end}" in history
-    ]
+    return [f"eval/{name}{end}" for name in _MEASURES for end in ("", "_unrolled") if f"eval/{name}{end}" in history]
 
 
 def _label(column: str) -> str:
@@ -355,14 +346,10 @@ def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[
     place = [-row for row in range(len(best))]
     axes.set_axis_on()
     axes.barh(place, [1] * len(best), color="#eef0f3", height=0.86)
-    axes.barh(
-        place, probabilities[best], color=["#86cdae" if k == truth else "#eeb0b8" for k in best], height=0.86
-    )
+    axes.barh(place, probabilities[best], color=["#86cdae" if k == truth else "#eeb0b8" for k in best], height=0.86)
     for where, label in zip(place, best, strict=True):
         axes.text(0.03, where, _short(names[label], 14), va="center", fontsize=7, color=INK)
-        axes.text(
-            0.97, where, f"{100 * probabilities[label]:.0f}", va="center", ha="right", fontsize=7, color=INK
-        )
+        axes.text(0.97, where, f"{100 * probabilities[label]:.0f}", va="center", ha="right", fontsize=7, color=INK)
     axes.set(xlim=(0, 1), ylim=(-len(best) + 0.5, 0.5), xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)

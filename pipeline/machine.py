@@ -108,12 +108,8 @@ def commit(root: Path) -> str:
     """The checkout's git commit, with `+` when files differ from it; "none" without git."""
     git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return head + "+" * bool(changed.stdout.strip())
@@ -139,9 +135,7 @@ def _device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError:
         raise MachineError(f"device {name!r}: must be auto, cpu, cuda, cuda:<number> or mps") from None
-    if device.type == "cuda" and not (
-        torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    ):
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise MachineError(f"device {name!r}: torch sees {found} CUDA devices here; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -73,11 +73,7 @@ class ConfusionMatrix:
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add one batch: logits (B, classes, ...), targets (B, ...) of class ids or the ignored label."""
-        if (
-            logits.ndim < 2
-            or logits.shape[1] != self.classes
-            or targets.shape != logits.shape[:1] + logits.shape[2:]
-        ):
+        if logits.ndim < 2 or logits.shape[1] != self.classes or targets.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(
                 f"expected logits (B, {self.classes}, ...) with targets (B, ...), got {tuple(logits.shape)}, "
                 f"{tuple(targets.shape)}"

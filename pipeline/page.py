@@ -111,16 +111,12 @@ def escape(text: object) -> str:
 def section(anchor: str, title: str, *content: str, lead: str = "") -> str:
     """A card with a heading; ``lead`` is the sentence below it."""
     intro = f'<p class="soft">{escape(lead)}</p>' if lead else ""
-    return (
-        f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n{intro}\n' + "\n".join(content) + "\n</section>"
-    )
+    return f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n{intro}\n' + "\n".join(content) + "\n</section>"
 
 
 def navigation(entries: Iterable[tuple[str, str]]) -> str:
     """Links to the sections (anchor, title)."""
-    return (
-        "<nav>" + "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in entries) + "</nav>"
-    )
+    return "<nav>" + "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in entries) + "</nav>"
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
@@ -149,8 +145,7 @@ def table(headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], nu
         numbers: Columns set to the right.
     """
     head = "".join(
-        f"<th{' class=number' if column in numbers else ''}>{escape(name)}</th>"
-        for column, name in enumerate(headings)
+        f"<th{' class=number' if column in numbers else ''}>{escape(name)}</th>" for column, name in enumerate(headings)
     )
     body = []
     for kind, cells in rows:

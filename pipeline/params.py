@@ -109,9 +109,7 @@ _Seed, _Count = Field(ge=0), Field(ge=1)
 class PrepareCifar10(PrepareParams):
     """Where CIFAR-10 comes from."""
 
-    generated: (
-        Annotated[GeneratedCifar10, Ranges(seed=_Seed, train=Field(ge=10), test=Field(ge=10))] | None
-    ) = None
+    generated: Annotated[GeneratedCifar10, Ranges(seed=_Seed, train=Field(ge=10), test=Field(ge=10))] | None = None
 
 
 class PrepareImageNet(PrepareParams):
@@ -142,12 +140,8 @@ class EvaluateParams(Section):
     """How trained models are judged."""
 
     batch: int = Field(ge=1, description="samples at once; a prediction never depends on its neighbours")
-    steps: int | None = Field(
-        default=None, ge=1, description="the forward solver's limit; null: the one trained with"
-    )
-    limit: int | None = Field(
-        default=None, ge=1, description="only the first samples of the split; null: all"
-    )
+    steps: int | None = Field(default=None, ge=1, description="the forward solver's limit; null: the one trained with")
+    limit: int | None = Field(default=None, ge=1, description="only the first samples of the split; null: all")
     examples: int = Field(default=8, ge=1, le=64, description="predictions shown beside the truth")
 
 
@@ -198,6 +192,11 @@ def load(stage: str, instance: str | None = None, path: str | Path = FILE) -> Se
     return section
 
 
+def instances(stage: str, path: str | Path = FILE) -> list[str]:
+    """The names in a stage's section."""
+    return list(_read(Path(path))[stage])
+
+
 def check(path: str | Path = FILE, stamp: Path | None = None) -> None:
     """Check the whole file, with what one section says of another; `stamp` remembers a file found right.
 
@@ -243,9 +242,7 @@ def _read(path: Path) -> Any:
         data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         data = json.loads(json.dumps(data, default=str))  # as JSON has it: text for keys, no loops
     except FileNotFoundError:
-        raise ParamsError(
-            f"{path}: no such file; run from the repository's root or name one with --params"
-        ) from None
+        raise ParamsError(f"{path}: no such file; run from the repository's root or name one with --params") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: cannot be read: {error}".replace("\n", " ")) from None
     except MarkedYAMLError as error:
@@ -264,9 +261,7 @@ def _validate(kind: type[Section], data: Any, path: Path, keys: tuple[str, ...])
         return kind.model_validate_json(json.dumps(data))
     except ValidationError as error:
         document = kind.model_json_schema()
-        lines = dict.fromkeys(
-            _line(details, data, document, keys) for details in error.errors(include_url=False)
-        )
+        lines = dict.fromkeys(_line(details, data, document, keys) for details in error.errors(include_url=False))
         raise ParamsError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
@@ -339,9 +334,7 @@ def _expected(document: dict[str, Any], data: Any, where: tuple[int | str, ...])
         data = data[part]
         node = _follow(document, _inner(node, part), data)
     choices = [last := _inner(node, where[-1]), *last.get("anyOf", [])]
-    return ", ".join(
-        repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {})
-    )
+    return ", ".join(repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {}))
 
 
 def _inner(node: dict[str, Any], part: int | str) -> dict[str, Any]:

@@ -99,9 +99,7 @@ def lines(results: Results, table: Table) -> list[Line]:
     known = [row.model for row in table.rows if row.model]
     paper = [_line(results, table, row) for row in table.rows]
     trained = sorted({model for stage, model in results.training if stage == table.stage})
-    trained += sorted(
-        {model for dataset, model in results.evaluation if dataset == table.dataset} - set(trained)
-    )
+    trained += sorted({model for dataset, model in results.evaluation if dataset == table.dataset} - set(trained))
     extra = [Row(model, "", (), model=model) for model in trained if model not in known]
     return paper + [_line(results, table, row) for row in extra]
 
@@ -224,7 +222,7 @@ def _json(path: Path) -> Facts:
 def _runtime(path: Path) -> Facts:
     content = _json(path)
     for entry in content["models"].values():
-        float(entry["seconds"]), float(entry["relative"]["time"]), float(entry["relative"]["memory"])
+        _ = float(entry["seconds"]), float(entry["relative"]["time"]), float(entry["relative"]["memory"])
     return content
 
 

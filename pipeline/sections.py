@@ -212,9 +212,7 @@ def _solver(results: Results) -> str:
         where += f"; {failed:.0f} samples without a finite iterate" * bool(failed)
         rows.append(("", [page.escape(f"{model} on {NAMES[dataset]}"), *values, page.escape(where)]))
     if not rows:
-        missing = _not_run(
-            "no equilibrium model was evaluated", "python -m pipeline evaluate cifar10 mdeq-small"
-        )
+        missing = _not_run("no equilibrium model was evaluated", "python -m pipeline evaluate cifar10 mdeq-small")
         return page.section("solver", title, missing)
     headings = ["model", *(heading for _, heading, _ in SOLVER_COLUMNS), "data"]
     lead = "How well the equilibria were found on the evaluation split: |f(z) - z| / |f(z)| of each sample."
@@ -251,10 +249,7 @@ def _predictions_of(results: Results, dataset: str, model: str, found: Facts) ->
         yield page.folded(what, drawn) if name == "confusion.png" else drawn
     if dataset == "cityscapes" and (dataset, model) in results.confusion:
         scores = iou_by_class(results.confusion[dataset, model])
-        cells = (
-            (str(name), "not labelled" if pd.isna(score) else f"{score:.1f} %")
-            for name, score in scores.items()
-        )
+        cells = ((str(name), "not labelled" if pd.isna(score) else f"{score:.1f} %") for name, score in scores.items())
         yield page.folded("IoU of each class", page.facts(cells))
 
 
@@ -266,9 +261,7 @@ def _data(results: Results) -> str:
             content.append(_not_run("no manifest", f"python -m pipeline prepare {dataset}"))
             continue
         digest = str(results.data[dataset].get("manifest", "unknown"))[:12]
-        content.append(
-            f"<p>{page.escape(f'{data_statement(results, dataset, {})[0]}. Manifest `{digest}`.')}</p>"
-        )
+        content.append(f"<p>{page.escape(f'{data_statement(results, dataset, {})[0]}. Manifest `{digest}`.')}</p>")
         sheet = results.root / "data" / dataset / "contact_sheet.png"
         if sheet.is_file():
             content.append(page.figure(page.image(sheet, f"{name}: contact sheet"), "Contact sheet"))
@@ -288,9 +281,7 @@ def _made(results: Results, facts: dict[str, str | int]) -> str:
     if rows:
         headings = ["stage", "device", "commit", "run", "time"]
         content += ["<h3>The stages that measured something</h3>", page.table(headings, rows, [4])]
-    return page.section(
-        "made", "How it was made", *content, lead="The machine and versions that made this page."
-    )
+    return page.section("made", "How it was made", *content, lead="The machine and versions that made this page.")
 
 
 def _measured(results: Results) -> Iterator[tuple[str, Facts]]:
@@ -320,10 +311,4 @@ def _bytes(value: float) -> str:
 def _seconds(value: Any) -> str:
     if not isinstance(value, int | float):
         return "–"
-    return (
-        f"{value:.1f} s"
-        if value < 120
-        else f"{value / 60:.0f} min"
-        if value < 7200
-        else f"{value / 3600:.1f} h"
-    )
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

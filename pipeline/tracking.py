@@ -118,9 +118,7 @@ class MlflowTracker:
             self._client, experiment = open_store(self._machine)
             if run_id is None or not self._reopen(run_id):
                 name = f"{stage}/{instance}" if instance else stage
-                run = self._client.create_run(
-                    experiment, run_name=name, tags=_tags(stage, instance, self._machine)
-                )
+                run = self._client.create_run(experiment, run_name=name, tags=_tags(stage, instance, self._machine))
                 self.run_id = run.info.run_id
                 if params is not None:
                     self._log_params(params.model_dump(mode="json"))
@@ -227,9 +225,7 @@ class MlflowTracker:
     def _start_monitor(self, resumed: bool) -> Any:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(
-            self.run_id, resume_logging=resumed, tracking_uri=self._machine.tracking_uri
-        )
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=resumed, tracking_uri=self._machine.tracking_uri)
         monitor.start()
         return monitor
 
@@ -244,9 +240,7 @@ class MlflowTracker:
             if not self._warned:
                 self._warned = True
                 text = f"{type(error).__name__}: {error}".splitlines()[0]
-                warnings.warn(
-                    f"tracking failed, the stage goes on without it: {text}", RuntimeWarning, stacklevel=4
-                )
+                warnings.warn(f"tracking failed, the stage goes on without it: {text}", RuntimeWarning, stacklevel=4)
 
 
 class _Away(Exception):
@@ -265,9 +259,7 @@ def open_store(machine: Machine) -> tuple[MlflowClient, str]:
     local = uri.startswith("sqlite:///")
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     # two processes that create one sqlite store at once break it, and two that create one experiment collide
-    lock = (
-        FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
-    )
+    lock = FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
     with lock:
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(name)
@@ -323,9 +315,7 @@ def finite(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tags(stage: str, instance: str | None, machine: Machine) -> dict[str, str]:
-    environment = {
-        name: os.environ.get(name) for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
-    }
+    environment = {name: os.environ.get(name) for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")}
     tags = {
         "stage": stage,
         "instance": instance,

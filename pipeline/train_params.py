@@ -40,15 +40,11 @@ Natural = Field(ge=1)
 _SOLVES = {"steps": Natural, "tolerance": Field(ge=0), "check_every": Natural}
 
 BroydenParams = Annotated[Broyden, Ranges(**_SOLVES)]
-AndersonParams = Annotated[
-    Anderson, Ranges(**_SOLVES, memory=Natural, ridge=Field(ge=0), mixing=Field(gt=0, le=1))
-]
+AndersonParams = Annotated[Anderson, Ranges(**_SOLVES, memory=Natural, ridge=Field(ge=0), mixing=Field(gt=0, le=1))]
 FixedPointParams = Annotated[FixedPoint, Ranges(**_SOLVES, damping=Field(gt=0, le=1))]
 GmresParams = Annotated[Gmres, Ranges(**_SOLVES)]
 ForwardParams = Annotated[BroydenParams | AndersonParams | FixedPointParams, Field(discriminator="kind")]
-AdjointParams = Annotated[
-    BroydenParams | AndersonParams | FixedPointParams | GmresParams, Field(discriminator="kind")
-]
+AdjointParams = Annotated[BroydenParams | AndersonParams | FixedPointParams | GmresParams, Field(discriminator="kind")]
 ImplicitParams = Annotated[Implicit, Ranges(solver=AdjointParams)]
 PhantomParams = Annotated[Phantom, Ranges(steps=Natural, damping=Field(gt=0, le=1))]
 BackwardParams = Annotated[ImplicitParams | PhantomParams, Field(discriminator="kind")]
@@ -66,9 +62,7 @@ MDEQParams = Annotated[
     ),
 ]
 ResNetParams = Annotated[ResNetConfig, Ranges(width=Natural)]
-ClassificationHeadParams = Annotated[
-    ClassificationHeadConfig, Ranges(channels=_Channels, final_channels=Natural)
-]
+ClassificationHeadParams = Annotated[ClassificationHeadConfig, Ranges(channels=_Channels, final_channels=Natural)]
 SegmentationHeadParams = Annotated[SegmentationHeadConfig, Ranges()]
 _Decay = Field(ge=0)
 OptimizerParams = Annotated[
@@ -78,9 +72,7 @@ OptimizerParams = Annotated[
 ]
 WarmUpParams = Annotated[WarmUp, Ranges(layers=Natural, steps=Field(ge=0), softplus=Positive)]
 JacobianParams = Annotated[JacobianTerm, Ranges(weight=_Decay, probability=Field(ge=0, le=1), probes=Natural)]
-Size = Annotated[
-    tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")
-]
+Size = Annotated[tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")]
 
 
 class Loss(Section):
@@ -124,9 +116,7 @@ class TrainParams(Section):
     )
     augment: bool
     precision: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_minutes: float = Field(
-        default=5.0, gt=0, description="between two saves of the resumable state"
-    )
+    checkpoint_minutes: float = Field(default=5.0, gt=0, description="between two saves of the resumable state")
 
     @model_validator(mode="after")
     def _whole(self) -> TrainParams:
@@ -168,9 +158,7 @@ class ConvergenceParams(Section):
     model: Name = Field(description="a model of the stage that trains on this set")
     batch: int = Field(ge=1, description="samples a batch")
     batches: int = Field(ge=2, description="random batches; mean and standard deviation are over them")
-    steps: int = Field(
-        ge=1, description="updates of each solver, whatever its own limit; one evaluation of f more"
-    )
+    steps: int = Field(ge=1, description="updates of each solver, whatever its own limit; one evaluation of f more")
     solvers: Annotated[tuple[ForwardParams, ...], Field(min_length=1)]
     seed: int = Field(default=0, ge=0, description="which batches")
 
@@ -187,9 +175,7 @@ class Torchvision(Section):
 
     kind: Literal["torchvision"]
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="such as resnet101")
-    small_input: bool = Field(
-        default=False, description="a ResNet's first stage without stride, for 32 x 32 images"
-    )
+    small_input: bool = Field(default=False, description="a ResNet's first stage without stride, for 32 x 32 images")
 
 
 class BenchmarkModel(Section):
@@ -221,9 +207,7 @@ class BenchmarkParams(Section):
     @model_validator(mode="after")
     def _relative_to_something(self) -> BenchmarkParams:
         if self.reference not in self.models:
-            raise ValueError(
-                f"reference: must be one of models ({', '.join(self.models)}), not {self.reference!r}"
-            )
+            raise ValueError(f"reference: must be one of models ({', '.join(self.models)}), not {self.reference!r}")
         return self
 
 
@@ -281,22 +265,15 @@ def across(params: Params) -> list[str]:
         source = params.pretrain.get(entry.backbone)
         if source is None:
             there = ", ".join(params.pretrain) or "none"
-            wrong.append(
-                f"finetune.{name}.backbone: no model {entry.backbone!r} in pretrain; there are: {there}"
-            )
+            wrong.append(f"finetune.{name}.backbone: no model {entry.backbone!r} in pretrain; there are: {there}")
         elif not isinstance(source.model, MDEQConfig):
-            wrong.append(
-                f"finetune.{name}.backbone: {entry.backbone!r} is a {source.model.kind}; must be an mdeq"
-            )
+            wrong.append(f"finetune.{name}.backbone: {entry.backbone!r} is a {source.model.kind}; must be an mdeq")
         else:
             wrong += _differences(name, entry.backbone, entry.model, source.model)
     for data, stage in TRAINED_BY.items():
         model = getattr(params.convergence, data).model
         entries = getattr(params, stage)
-        there = (
-            ", ".join(name for name, entry in entries.items() if isinstance(entry.model, MDEQConfig))
-            or "none"
-        )
+        there = ", ".join(name for name, entry in entries.items() if isinstance(entry.model, MDEQConfig)) or "none"
         if model not in entries or not isinstance(entries[model].model, MDEQConfig):
             wrong.append(f"convergence.{data}.model: no mdeq {model!r} in {stage}; there are: {there}")
     return wrong

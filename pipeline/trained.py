@@ -105,9 +105,7 @@ def _summary(dataset: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); run `python -m pipeline prepare {dataset}` first"
-        ) from None
+        raise DataError(f"{path}: cannot be read ({error}); run `python -m pipeline prepare {dataset}` first") from None
 
 
 def _open(dataset: str, root: Path, params: dict[str, Any]) -> tuple[BatchDataset, tuple[str, ...], Any]:

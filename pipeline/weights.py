@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from mdeq.published import rename, state_dict
 from pipeline.checkpoints import Architecture, CheckpointError, save_model
-from pipeline.params import load
-
-if TYPE_CHECKING:
-    from pipeline.train_params import TrainParams
+from pipeline.params import Section, instances, load
 
 STAGES = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
 CLASSES = {"cifar10": 10, "imagenet": 1000, "cityscapes": 19}
@@ -31,8 +27,9 @@ PUBLISHED_SIZES = {
     "cityscapes-mdeq-xl": ("70.9M", "79,551,755"),
 }
 
-# what the published checkpoints hold besides tensors: a numpy scalar, the best accuracy
-_SCALARS = [np.dtype, np.dtypes.Float64DType, np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+# what the published checkpoints hold besides tensors: a numpy scalar, under either name of its module
+_SCALAR = np.float64(0).__reduce__()[0]
+_SCALARS = [np.dtype, np.dtypes.Float64DType, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
 
 
 def import_weights(file: Path, model: str, out: Path | None = None, presets: Path = Path("params/paper.yaml")) -> Path:
@@ -65,12 +62,9 @@ def import_weights(file: Path, model: str, out: Path | None = None, presets: Pat
 
 def sizes(presets: Path = Path("params/paper.yaml")) -> list[tuple[str, int, str, str]]:
     """<set>-<name>, trainable parameters, and what the paper and the published code say, for every preset."""
-    from ruamel.yaml import YAML
-
-    data = YAML(typ="safe").load(presets.read_text(encoding="utf-8"))
     rows = []
     for dataset, stage in STAGES.items():
-        for name in data[stage]:
+        for name in instances(stage, presets):
             with torch.device("meta"):
                 network = _architecture(load(stage, name, presets), CLASSES[dataset]).build()
             paper, published = PUBLISHED_SIZES.get(f"{dataset}-{name}", ("", ""))
@@ -88,5 +82,8 @@ def _open(file: Path) -> dict:
         raise CheckpointError(f"{file}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from error
 
 
-def _architecture(params: TrainParams, classes: int) -> Architecture:
+def _architecture(params: Section, classes: int) -> Architecture:
+    from pipeline.train_params import TrainParams
+
+    assert isinstance(params, TrainParams)
     return Architecture(params.model, params.head, classes, params.forward, params.backward)

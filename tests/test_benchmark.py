@@ -51,9 +51,7 @@ def test_a_step_is_a_whole_update(params: BenchmarkParams) -> None:
     assert isinstance(trainee.network, Network) and trainee.network.training
     before = [parameter.detach().clone() for parameter in trainee.network.parameters()]
     trainee.step()
-    assert any(
-        not torch.equal(old, new) for old, new in zip(before, trainee.network.parameters(), strict=True)
-    )
+    assert any(not torch.equal(old, new) for old, new in zip(before, trainee.network.parameters(), strict=True))
 
 
 def test_small_input_keeps_the_resolution_of_a_resnet() -> None:
@@ -68,9 +66,7 @@ def test_the_stage_writes_medians_relative_to_the_reference(
     params: BenchmarkParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        benchmark, "memory_in_fresh_process", lambda model, *_: 100 if model.head is None else 25
-    )
+    monkeypatch.setattr(benchmark, "memory_in_fresh_process", lambda model, *_: 100 if model.head is None else 25)
     benchmark.run(params, Machine(tmp_path))
     record = json.loads(Path("results/benchmark/runtime.json").read_text())
     implicit, explicit = record["models"]["implicit"], record["models"]["explicit"]
@@ -78,9 +74,7 @@ def test_the_stage_writes_medians_relative_to_the_reference(
     assert implicit["seconds"] == sorted(implicit["seconds_all"])[1]
     assert implicit["relative"]["time"] == pytest.approx(implicit["seconds"] / explicit["seconds"])
     assert {"device", "threads", "torch", "commit", "batch"} <= set(record)
-    assert (
-        Path("results/benchmark/figure4b.png").is_file() and Path("results/benchmark/figure4b.svg").is_file()
-    )
+    assert Path("results/benchmark/figure4b.png").is_file() and Path("results/benchmark/figure4b.svg").is_file()
 
 
 @pytest.mark.slow

@@ -26,9 +26,7 @@ def test_plain_iteration_of_a_contraction_shows_the_norms_of_theory() -> None:
     k = torch.arange(EVALUATIONS, dtype=torch.float64)
     iterate = (1 - FACTOR**k) / (1 - FACTOR)
     residual = FACTOR**k / (FACTOR * iterate + 1)
-    change = (
-        FACTOR ** (k[1:] - 1) / iterate[:-1]
-    )  # |z[k] - z[k-1]| / |z[k-1]|, noted at the evaluation of z[k]
+    change = FACTOR ** (k[1:] - 1) / iterate[:-1]  # |z[k] - z[k-1]| / |z[k-1]|, noted at the evaluation of z[k]
     assert traced.residual.shape == (EVALUATIONS, 3)
     for sample in range(3):
         assert torch.allclose(traced.residual[:, sample], residual)
@@ -37,9 +35,7 @@ def test_plain_iteration_of_a_contraction_shows_the_norms_of_theory() -> None:
 
 
 def test_broyden_solves_it_in_three_evaluations_and_stops_only_there() -> None:
-    traced = convergence.trace(
-        contraction, torch.zeros(2, 5, dtype=torch.float64), Broyden(tolerance=0.5), EVALUATIONS
-    )
+    traced = convergence.trace(contraction, torch.zeros(2, 5, dtype=torch.float64), Broyden(tolerance=0.5), EVALUATIONS)
     assert traced.residual[0] == pytest.approx(1.0)
     assert traced.residual[1] == pytest.approx(0.5 / 1.5)
     assert float(traced.residual[2].max()) < 1e-12
@@ -58,9 +54,7 @@ def test_a_tolerance_never_cuts_a_trace_short() -> None:
 
 
 def test_rows_are_tidy_and_the_summary_knows_when_a_level_was_reached() -> None:
-    traced = convergence.trace(
-        contraction, torch.zeros(3, 7, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1
-    )
+    traced = convergence.trace(contraction, torch.zeros(3, 7, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1)
     table = pd.concat([convergence._rows(traced, "fixed_point", batch) for batch in range(2)])
     assert list(table.columns) == ["solver", "batch", "evaluation", "change", "residual"]
     assert len(table) == 2 * EVALUATIONS
@@ -79,9 +73,7 @@ def test_a_sample_that_diverges_is_left_out_of_the_mean() -> None:
 
     traced = convergence.trace(f, torch.zeros(2, 4, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1)
     rows = convergence._rows(traced, "fixed_point", 0)
-    alone = convergence.trace(
-        contraction, torch.zeros(1, 4, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1
-    )
+    alone = convergence.trace(contraction, torch.zeros(1, 4, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1)
     assert rows["residual"].iloc[-1] == pytest.approx(float(alone.residual[-1]))
 
 

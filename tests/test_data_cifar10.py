@@ -32,9 +32,7 @@ def manifest(root: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("encoding", "kind"), [("latin1", str), ("bytes", bytes)])
-def test_batches_are_what_common_readers_of_the_real_ones_expect(
-    root: Path, encoding: str, kind: type
-) -> None:
+def test_batches_are_what_common_readers_of_the_real_ones_expect(root: Path, encoding: str, kind: type) -> None:
     def key(name: str) -> str | bytes:
         return name if kind is str else name.encode()
 
@@ -180,9 +178,7 @@ def test_a_sample_does_not_depend_on_its_batch_nor_on_the_workers(root: Path, ma
     assert torch.equal(together[1], alone[0])
     assert not torch.equal(alone, dataset[Keys(5, [2])][0])
     runs = [
-        torch.cat(
-            [images for images, _ in batches(dataset, 8, seed=1, epoch=2, shuffle=True, workers=workers)]
-        )
+        torch.cat([images for images, _ in batches(dataset, 8, seed=1, epoch=2, shuffle=True, workers=workers)])
         for workers in (0, 2)
     ]
     assert torch.equal(*runs)

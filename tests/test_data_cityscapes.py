@@ -44,9 +44,7 @@ def test_classes_and_train_ids_are_the_official_ones() -> None:
     for label in official:
         if label.id >= 0:
             assert table[label.id] == (label.trainId if 0 <= label.trainId < 19 else IGNORE), label.name
-    assert set(table[[i for i in range(256) if i not in {label.id for label in official}]]) == {
-        cityscapes.UNKNOWN
-    }
+    assert set(table[[i for i in range(256) if i not in {label.id for label in official}]]) == {cityscapes.UNKNOWN}
     assert len(cityscapes.class_names()) == 19
     assert (cityscapes.class_names()[0], cityscapes.class_names()[18]) == ("road", "bicycle")
     assert cityscapes.colours()[13].tolist() == [0, 0, 142]
@@ -105,9 +103,7 @@ def test_rows_count_the_pixels(root: Path) -> None:
 def test_generated_streets_show_every_class(tmp_path: Path) -> None:
     from pipeline.data.scenes import street
 
-    shares = [
-        np.bincount(street(np.random.default_rng(i), 64, 128)[1].ravel(), minlength=34) for i in range(40)
-    ]
+    shares = [np.bincount(street(np.random.default_rng(i), 64, 128)[1].ravel(), minlength=34) for i in range(40)]
     ids = np.array([label.id for label in official if 0 <= label.trainId < 19])
     assert (np.stack(shares)[:, ids] > 0).sum(0).min() >= 5
     assert all(share[cityscapes.train_ids()[:34] == IGNORE].sum() > 0 for share in shares[:3])
@@ -162,9 +158,7 @@ def test_samples_do_not_depend_on_batch_or_workers_but_on_the_epoch(root: Path, 
     assert torch.equal(targets[1], alone[1][0])
     assert not torch.equal(alone[0], dataset[Keys(2, [0])][0])
     runs = [
-        torch.cat(
-            [images for images, _ in batches(dataset, 1, seed=0, epoch=0, shuffle=True, workers=workers)]
-        )
+        torch.cat([images for images, _ in batches(dataset, 1, seed=0, epoch=0, shuffle=True, workers=workers)])
         for workers in (0, 2)
     ]
     assert torch.equal(*runs)
@@ -200,9 +194,7 @@ def test_zips_that_reach_outside_are_refused(tmp_path: Path, name: str) -> None:
     assert not (root / "gtFine").exists()
 
 
-def test_download_wants_an_account_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_wants_an_account_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CITYSCAPES_USERNAME", raising=False)
     with pytest.raises(DataError, match="CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD"):
         cityscapes.download(tmp_path)
@@ -225,9 +217,7 @@ def test_download_answers_the_official_tool_and_goes_on_where_it_was_cut(
         )
         return "session"
 
-    def download_packages(
-        *, session: str, package_names: list[str], destination_path: str, resume: bool
-    ) -> None:
+    def download_packages(*, session: str, package_names: list[str], destination_path: str, resume: bool) -> None:
         assert (session, resume) == ("session", True)
         target = Path(destination_path, package_names[0])
         if not target.exists():

@@ -25,9 +25,7 @@ def scenes(of: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-@pytest.mark.parametrize(
-    ("of", "place", "colour"), [("place", 1.0, 0.25), ("colour", 0.25, 1.0), ("none", 0.25, 0.25)]
-)
+@pytest.mark.parametrize(("of", "place", "colour"), [("place", 1.0, 0.25), ("colour", 0.25, 1.0), ("none", 0.25, 0.25)])
 def test_place_and_colour_are_told_apart(of: str, place: float, colour: float) -> None:
     train, val = scenes(of, 0), scenes(of, 1)
     assert difficulty._by_place(train, val) == pytest.approx(place, abs=0.12)
@@ -49,9 +47,7 @@ def test_a_linear_classifier_finds_what_is_linear_and_nothing_in_noise() -> None
 
 def test_both_measurements_run_on_generated_data(tmp_path: Path) -> None:
     generated.ensure(tmp_path / "cifar10", generated.GeneratedCifar10(train=50, test=20))
-    generated.ensure(
-        tmp_path / "cityscapes", generated.GeneratedCityscapes(train=3, val=2, height=32, width=64)
-    )
+    generated.ensure(tmp_path / "cityscapes", generated.GeneratedCityscapes(train=3, val=2, height=32, width=64))
     for lines in (
         difficulty.of_cifar10(tmp_path / "cifar10", epochs=1),
         difficulty.of_cityscapes(tmp_path / "cityscapes", epochs=1),

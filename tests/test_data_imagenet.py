@@ -84,9 +84,7 @@ def test_what_does_not_belong_or_cannot_be_decoded_is_named(root: Path) -> None:
 
 
 def test_evaluation_crops_as_torchvision_does(root: Path, tmp_path: Path) -> None:
-    dataset = open_imagenet(
-        root, write_manifest(root, tmp_path / "m.csv"), "val", size=64, augment=False, seed=0
-    )
+    dataset = open_imagenet(root, write_manifest(root, tmp_path / "m.csv"), "val", size=64, augment=False, seed=0)
     short = round(64 * 256 / 224)
     reference = v2.Compose(
         [
@@ -120,25 +118,19 @@ def test_any_colour_space_becomes_rgb(root: Path) -> None:
 
 
 def test_samples_do_not_depend_on_batch_or_workers_but_on_the_epoch(root: Path, tmp_path: Path) -> None:
-    dataset = open_imagenet(
-        root, write_manifest(root, tmp_path / "m.csv"), "train", size=32, augment=True, seed=1
-    )
+    dataset = open_imagenet(root, write_manifest(root, tmp_path / "m.csv"), "train", size=32, augment=True, seed=1)
     together, _ = dataset[Keys(2, [5, 1, 0])]
     assert torch.equal(together[1], dataset[Keys(2, [1])][0][0])
     assert not torch.equal(together[1], dataset[Keys(3, [1])][0][0])
     runs = [
-        torch.cat(
-            [images for images, _ in batches(dataset, 2, seed=1, epoch=0, shuffle=True, workers=workers)]
-        )
+        torch.cat([images for images, _ in batches(dataset, 2, seed=1, epoch=0, shuffle=True, workers=workers)])
         for workers in (0, 2)
     ]
     assert torch.equal(*runs)
 
 
 def test_a_picture_changed_after_the_manifest_is_named(root: Path, tmp_path: Path) -> None:
-    dataset = open_imagenet(
-        root, write_manifest(root, tmp_path / "m.csv"), "val", size=32, augment=False, seed=1
-    )
+    dataset = open_imagenet(root, write_manifest(root, tmp_path / "m.csv"), "val", size=32, augment=False, seed=1)
     changed = root / dataset.paths[2].decode()
     changed.write_bytes(jpeg())
     with pytest.raises(DataError, match=changed.name):
@@ -188,9 +180,7 @@ def test_the_official_archives_become_the_tree(tmp_path: Path) -> None:
         "train": {"n01440764": 2, "n01443537": 2},
         "val": {"n01440764": 1, "n01443537": 2},
     }
-    assert (tmp_path / "val/n01440764/ILSVRC2012_val_00000002.JPEG").read_bytes() == val[
-        "ILSVRC2012_val_00000002.JPEG"
-    ]
+    assert (tmp_path / "val/n01440764/ILSVRC2012_val_00000002.JPEG").read_bytes() == val["ILSVRC2012_val_00000002.JPEG"]
 
 
 @pytest.mark.parametrize(

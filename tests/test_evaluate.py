@@ -125,9 +125,7 @@ def test_segmentation_is_judged_at_the_size_of_the_labels(machine: Machine) -> N
 def test_an_explicit_model_has_no_solver(machine: Machine) -> None:
     split = Split(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4), 10)
     names = tuple("abcdefghij")
-    values, _ = evaluate.evaluate(
-        make(NarrowResNet18(ResNetConfig(width=2), 10), split, names), 2, machine, "test"
-    )
+    values, _ = evaluate.evaluate(make(NarrowResNet18(ResNetConfig(width=2), 10), split, names), 2, machine, "test")
     assert {name for name in values if name.startswith("solver/")} == set()
 
 

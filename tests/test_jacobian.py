@@ -26,7 +26,7 @@ def test_the_model_returns_a_regulariser_with_gradients():
 
 
 def test_spectral_radius_of_complex_pairs():
-    """Rotations scaled by 1.02 and 0.7: every eigenvalue is complex; a Rayleigh quotient would see cos(angle) times less."""
+    """Rotations scaled by 1.02 and 0.7: all eigenvalues are complex; a Rayleigh quotient would see cos(angle) less."""
     torch.manual_seed(0)
 
     def block(radius: float, angle: float) -> torch.Tensor:

@@ -122,9 +122,7 @@ def test_a_stage_reads_its_own_section_alone(workspace: Path) -> None:
         ("lr", 0.1, "lr: unknown key; allowed: augment, backward, batch, "),
     ],
 )
-def test_an_error_names_key_value_and_what_is_allowed(
-    workspace: Path, key: str, value: Any, line: str
-) -> None:
+def test_an_error_names_key_value_and_what_is_allowed(workspace: Path, key: str, value: Any, line: str) -> None:
     (found,) = errors(edited(workspace, {f"{CLASSIFY}.{key}": value}))
     assert found.startswith(f"{CLASSIFY}.{line}")
 

@@ -23,9 +23,7 @@ PARAMS = {
     "imagenet": PrepareParams(
         source="generated", generated=GeneratedImageNet(classes=2, train_per_class=2, val_per_class=1)
     ),
-    "cityscapes": PrepareParams(
-        source="generated", generated=GeneratedCityscapes(train=2, val=1, height=32, width=64)
-    ),
+    "cityscapes": PrepareParams(source="generated", generated=GeneratedCityscapes(train=2, val=1, height=32, width=64)),
 }
 
 
@@ -40,9 +38,7 @@ def outputs(name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", PARAMS)
-def test_outputs_and_the_same_bytes_again(
-    name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_and_the_same_bytes_again(name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare.run(name, PARAMS[name], machine)
     first = outputs(name)
     assert set(first) == set(prepare.OUTPUTS)
@@ -77,18 +73,11 @@ def test_only_what_changed_is_read_again(machine: Machine, monkeypatch: pytest.M
     Image.new("RGB", (50, 40), "red").save(changed, "JPEG")
     read = []
     inspect = prepare.imagenet.inspect
-    monkeypatch.setattr(
-        prepare.imagenet, "inspect", lambda root, found: read.append(found) or inspect(root, found)
-    )
+    monkeypatch.setattr(prepare.imagenet, "inspect", lambda root, found: read.append(found) or inspect(root, found))
     prepare.run("imagenet", folder, machine)
-    assert [root.files[0] for root in read] == [
-        changed.relative_to(machine.root / "data/imagenet").as_posix()
-    ]
+    assert [root.files[0] for root in read] == [changed.relative_to(machine.root / "data/imagenet").as_posix()]
     assert outputs("imagenet")["manifest.csv"] != before["manifest.csv"]
-    assert (
-        json.loads(outputs("imagenet")["summary.json"])["counts"]
-        == json.loads(before["summary.json"])["counts"]
-    )
+    assert json.loads(outputs("imagenet")["summary.json"])["counts"] == json.loads(before["summary.json"])["counts"]
 
 
 def test_after_a_broken_file_is_mended_the_rest_is_not_read_again(

@@ -226,9 +226,7 @@ def test_several_seeds_show_their_spread_and_a_model_of_our_own_comes_last(here:
         ({}, {}, "data unknown", False),
     ],
 )
-def test_what_data_a_number_is_about(
-    tmp_path: Path, summary: dict, facts: dict, words: str, comparable: bool
-) -> None:
+def test_what_data_a_number_is_about(tmp_path: Path, summary: dict, facts: dict, words: str, comparable: bool) -> None:
     if summary:
         write(tmp_path / "data/cifar10/summary.json", summary)
     statement, same = data_statement(read(tmp_path), "cifar10", facts)
@@ -244,9 +242,7 @@ def test_the_paper_as_printed() -> None:
 
 
 def test_iou_by_class_skips_what_the_labels_never_show() -> None:
-    confusion = pd.DataFrame(
-        [[3, 1, 0], [0, 4, 0], [0, 0, 0]], index=["a", "b", "c"], columns=["a", "b", "c"]
-    )
+    confusion = pd.DataFrame([[3, 1, 0], [0, 4, 0], [0, 0, 0]], index=["a", "b", "c"], columns=["a", "b", "c"])
     scores = iou_by_class(confusion)
     assert scores["a"] == pytest.approx(75) and scores["b"] == pytest.approx(80) and np.isnan(scores["c"])
 

@@ -37,9 +37,7 @@ def two_at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tu
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     both = [subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
     said = [process.communicate(timeout=240) for process in both]
-    return root / "mlflow.db", [
-        (process.returncode, *texts) for process, texts in zip(both, said, strict=True)
-    ]
+    return root / "mlflow.db", [(process.returncode, *texts) for process, texts in zip(both, said, strict=True)]
 
 
 @pytest.fixture
@@ -159,14 +157,10 @@ def test_a_store_out_of_reach_warns_once_and_stops_nothing(workspace: Path) -> N
             tracker.tag("a", "b")
             tracker.flush()
     said = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    assert (
-        tracker.run_id is None and len(said) == 1 and said[0].startswith("tracking failed, the stage goes on")
-    )
+    assert tracker.run_id is None and len(said) == 1 and said[0].startswith("tracking failed, the stage goes on")
 
 
-def test_a_store_that_comes_back_gets_what_it_missed(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_comes_back_gets_what_it_missed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     with tracking.start("classify", "x", None, machine) as tracker:
         log_batch = MlflowClient.log_batch
 

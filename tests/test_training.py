@@ -90,9 +90,7 @@ class Watcher:
 def network() -> Network:
     torch.manual_seed(0)
     config = MDEQConfig(channels=(8, 8), expansion=2, groups=4, dropout=0.3)
-    return Network(
-        config, ClassificationHeadConfig((4, 4), 16), 2, Broyden(steps=4), Implicit(Gmres(steps=3))
-    )
+    return Network(config, ClassificationHeadConfig((4, 4), 16), 2, Broyden(steps=4), Implicit(Gmres(steps=3)))
 
 
 def task() -> Task:
@@ -101,9 +99,7 @@ def task() -> Task:
 
 def run(store, watcher, recipe=RECIPE, workers=0):
     model = network()
-    history = train(
-        model, task(), recipe, seed=3, device="cpu", workers=workers, store=store, observer=watcher
-    )
+    history = train(model, task(), recipe, seed=3, device="cpu", workers=workers, store=store, observer=watcher)
     return model.state_dict(), history
 
 

@@ -27,7 +27,11 @@ def test_every_preset_has_the_published_size():
 
 
 def test_a_wrapped_published_file_becomes_a_model(tmp_path):
-    content = {"epoch": 50, "best_perf": np.float64(87.1), "state_dict": {f"module.{k}": v for k, v in published().items()}}
+    content = {
+        "epoch": 50,
+        "best_perf": np.float64(87.1),
+        "state_dict": {f"module.{k}": v for k, v in published().items()},
+    }
     torch.save(content, tmp_path / "tiny.pkl")
     path = weights.import_weights(tmp_path / "tiny.pkl", "cifar10-mdeq-small", tmp_path / "model.pt", PRESETS)
     network, _, meta = load_model(path)

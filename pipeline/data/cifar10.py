@@ -123,9 +123,7 @@ def inspect(root: Path, found: Found) -> Row:
     images, labels = images_and_labels(content, root / path)
     counts = np.bincount(labels, minlength=len(CLASSES)).tolist()
     row: Row = {"path": path, "split": found.split, "images": len(images), "width": 32, "height": 32}
-    return (
-        row | dict(zip(CLASSES, counts, strict=True)) | {"bytes": len(content), "checksum": checksum(content)}
-    )
+    return row | dict(zip(CLASSES, counts, strict=True)) | {"bytes": len(content), "checksum": checksum(content)}
 
 
 def check(root: Path, rows: list[Row]) -> None:
@@ -158,9 +156,7 @@ def unpack(root: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                name = re.fullmatch(
-                    rf"{FOLDER}/(data_batch_[1-5]|test_batch|batches\.meta|readme\.html)", member.name
-                )
+                name = re.fullmatch(rf"{FOLDER}/(data_batch_[1-5]|test_batch|batches\.meta|readme\.html)", member.name)
                 content = tar.extractfile(member) if name and member.isreg() else None
                 if name and content:
                     (partial / name[1]).write_bytes(content.read())
@@ -253,9 +249,7 @@ def open_cifar10(
     for path, size, expected in zip(rows["path"], rows["bytes"], rows["checksum"], strict=True):
         content = read_bytes(root, path, int(size))
         if checksum(content) != expected:
-            raise DataError(
-                f"{root / path}: not the file of the manifest; run `python -m pipeline prepare cifar10`"
-            )
+            raise DataError(f"{root / path}: not the file of the manifest; run `python -m pipeline prepare cifar10`")
         parts.append(images_and_labels(content, root / path))
     images, labels = (np.concatenate(part)[:limit] for part in zip(*parts, strict=True))
     return Cifar10(images, labels, augment=augment, seed=seed)

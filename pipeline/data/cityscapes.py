@@ -85,9 +85,7 @@ def read_label(root: Path, path: str, content: bytes) -> np.ndarray:
         raise DataError(f"{root / path}: not a readable one-channel 8-bit picture of label ids")
     target = np.take(train_ids(), ids)
     if (target == UNKNOWN).any():
-        raise DataError(
-            f"{root / path}: label id {int(ids[target == UNKNOWN][0])} is none of Cityscapes' label ids"
-        )
+        raise DataError(f"{root / path}: label id {int(ids[target == UNKNOWN][0])} is none of Cityscapes' label ids")
     return target
 
 
@@ -101,15 +99,9 @@ def find(root: Path) -> list[Found]:
         images = _stems(root, IMAGES, split, IMAGE_END)
         labels = _stems(root, LABELS, split, LABEL_END)
         for stem in sorted(images ^ labels):
-            lacking = (
-                f"{LABELS}/{split}/{stem}{LABEL_END}"
-                if stem in images
-                else f"{IMAGES}/{split}/{stem}{IMAGE_END}"
-            )
+            lacking = f"{LABELS}/{split}/{stem}{LABEL_END}" if stem in images else f"{IMAGES}/{split}/{stem}{IMAGE_END}"
             raise DataError(f"{root / lacking}: no such file, but its partner is there")
-        pairs = [
-            (f"{IMAGES}/{split}/{s}{IMAGE_END}", f"{LABELS}/{split}/{s}{LABEL_END}") for s in sorted(images)
-        ]
+        pairs = [(f"{IMAGES}/{split}/{s}{IMAGE_END}", f"{LABELS}/{split}/{s}{LABEL_END}") for s in sorted(images)]
         if not pairs:
             raise DataError(f"{root / IMAGES / split}: no city folder with *{IMAGE_END} in it")
         found += [Found(split, pair) for pair in pairs]
@@ -140,8 +132,7 @@ def inspect(root: Path, found: Found) -> Row:
     label_size = image_size(root, label_path, label_content)
     if label_size != (width, height):
         raise DataError(
-            f"{root / label_path}: {label_size[0]} x {label_size[1]} pixels, "
-            f"but its image has {width} x {height}"
+            f"{root / label_path}: {label_size[0]} x {label_size[1]} pixels, but its image has {width} x {height}"
         )
     pixels = np.bincount(read_label(root, label_path, label_content).ravel(), minlength=256)
     row: Row = {"path": path, "label_path": label_path, "split": found.split, "city": path.split("/")[2]}
@@ -184,9 +175,7 @@ def _unpack(root: Path, kind: str, archive: Path) -> None:
                 if member.is_dir() or member.filename in ("README", "license.txt"):
                     continue
                 if name is None or member.external_attr >> 28 not in (0, 8):
-                    raise DataError(
-                        f"{archive}: holds {member.filename!r}, which the official archive does not"
-                    )
+                    raise DataError(f"{archive}: holds {member.filename!r}, which the official archive does not")
                 (partial / name[1]).parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as file, (partial / name[1]).open("wb") as out:
                     shutil.copyfileobj(file, out)
@@ -197,9 +186,7 @@ def _unpack(root: Path, kind: str, archive: Path) -> None:
 
 def download(root: Path) -> None:
     """Fetch the zips that lack with the official downloader and the account the environment names."""
-    wanted = [
-        name for kind, name in ARCHIVES.items() if not ((root / kind).exists() or (root / name).exists())
-    ]
+    wanted = [name for kind, name in ARCHIVES.items() if not ((root / kind).exists() or (root / name).exists())]
     if wanted:
         account = [os.environ.get(key, "") for key in ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD")]
         if not all(account):

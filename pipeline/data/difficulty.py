@@ -174,9 +174,7 @@ def of_cityscapes(root: Path, device: str = "cpu", epochs: int = 30) -> list[Mea
     network = _segment(train, val, epochs, device)
     return [
         Measured("commonest class of each place", place, "10 points under", network - place >= SCENES_APART),
-        Measured(
-            "commonest class of each colour", colour, "10 points under", network - colour >= SCENES_APART
-        ),
+        Measured("commonest class of each colour", colour, "10 points under", network - colour >= SCENES_APART),
         Measured(f"small conv net, {epochs} epochs", network, "", True),
     ]
 
@@ -231,9 +229,7 @@ def _segment(
     network = _small_network(len(cityscapes.class_names()))
     _fit(network, epoch, epochs, math.ceil(len(images) / batch), 3e-3, 1e-2, device)
     with torch.no_grad():
-        predicted = [
-            network(part.to(device)).argmax(1).cpu().numpy() for part in _tensors(*val)[0].split(batch)
-        ]
+        predicted = [network(part.to(device)).argmax(1).cpu().numpy() for part in _tensors(*val)[0].split(batch)]
     return _accuracy(np.concatenate(predicted), val[1])
 
 

@@ -55,9 +55,7 @@ class GeneratedImageNet:
 
     def __post_init__(self) -> None:
         if not 2 <= self.classes <= len(WNIDS):
-            raise ValueError(
-                f"classes: between 2 and {len(WNIDS)} kinds of objects can be drawn, not {self.classes}"
-            )
+            raise ValueError(f"classes: between 2 and {len(WNIDS)} kinds of objects can be drawn, not {self.classes}")
 
 
 @dataclass(frozen=True)
@@ -108,9 +106,7 @@ def _is_whole(root: Path, marker: Path, recipe: dict) -> bool:
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     present.discard(MARKER)
     for path in sorted(present - set(drawn["files"])):
-        raise DataError(
-            f"{root / path}: not one of the generated files; move it away, or set the source to folder"
-        )
+        raise DataError(f"{root / path}: not one of the generated files; move it away, or set the source to folder")
     if drawn["recipe"] != recipe or present != set(drawn["files"]):
         return False
     touched = False
@@ -165,12 +161,10 @@ def _cifar10(params: GeneratedCifar10) -> Iterator[dict[str, bytes]]:
     from pipeline.data.objects import small_picture
 
     train, test = (
-        _rng(params.seed, 1, i).permutation(np.arange(n) % 10)
-        for i, n in enumerate((params.train, params.test))
+        _rng(params.seed, 1, i).permutation(np.arange(n) % 10) for i, n in enumerate((params.train, params.test))
     )
     batches = [
-        (f"data_batch_{i}", f"training batch {i} of 5", part)
-        for i, part in enumerate(np.array_split(train, 5), 1)
+        (f"data_batch_{i}", f"training batch {i} of 5", part) for i, part in enumerate(np.array_split(train, 5), 1)
     ]
     first = 0
     for name, title, part in [*batches, ("test_batch", "testing batch 1 of 1", test)]:
@@ -216,11 +210,7 @@ def _imagenet(params: GeneratedImageNet) -> Iterator[dict[str, bytes]]:
                 code = cv2.COLOR_RGB2GRAY if rng.random() < 0.1 else cv2.COLOR_RGB2BGR
                 quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))]
                 content = cv2.imencode(".jpg", cv2.cvtColor(picture, code), quality)[1].tobytes()
-                name = (
-                    f"{wnid}_{i}"
-                    if split == "train"
-                    else f"ILSVRC2012_val_{label * number + i - start + 1:08d}"
-                )
+                name = f"{wnid}_{i}" if split == "train" else f"ILSVRC2012_val_{label * number + i - start + 1:08d}"
                 yield {f"{split}/{wnid}/{name}.JPEG": content}
 
 
@@ -266,9 +256,7 @@ def _pickled(value: object) -> bytes:
         case bytes():
             return b"T" + struct.pack("<i", len(value)) + value
         case np.ndarray() if value.dtype == np.uint8:
-            blank = (
-                b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + _pickled(0) + b"\x85U\x01b\x87R"
-            )
+            blank = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + _pickled(0) + b"\x85U\x01b\x87R"
             dtype = b"cnumpy\ndtype\nU\x02u1" + _pickled(0) + _pickled(1) + b"\x87R"
             dtype += b"(" + _pickled(3) + b"U\x01|NNN" + _pickled(-1) + _pickled(-1) + _pickled(0) + b"tb"
             shape = b"(" + b"".join(map(_pickled, value.shape)) + b"t"

@@ -60,9 +60,7 @@ def find(root: Path) -> list[Found]:
                 raise DataError(f"{root / split / name}: a class folder without images")
             for image in images:
                 if not image.lower().endswith((".jpeg", ".jpg")):
-                    raise DataError(
-                        f"{root / split / name / image}: not a .JPEG file; move it out of the data set"
-                    )
+                    raise DataError(f"{root / split / name / image}: not a .JPEG file; move it out of the data set")
                 found.append(Found(split, (f"{split}/{name}/{image}",)))
     return found
 
@@ -133,9 +131,7 @@ def _members(archive: Path, content: IO[bytes] | None, pattern: str) -> Iterator
 
 def _unpack_train(root: Path, target: Path) -> None:
     archive = root / TRAIN_ARCHIVE
-    for name, content in progress(
-        _members(archive, None, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"
-    ):
+    for name, content in progress(_members(archive, None, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"):
         wnid = name.removesuffix(".tar")
         (target / wnid).mkdir()
         for image, file in _members(archive, content, rf"{wnid}_\d+\.JPEG"):
@@ -174,14 +170,10 @@ def validation_wnids(devkit: Path) -> list[str]:
                 if file:
                     content[name] = file.read()
         synsets = loadmat(io.BytesIO(content[wanted[0]]), squeeze_me=True)["synsets"]
-        wnid = {
-            int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if not entry["num_children"]
-        }
+        wnid = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if not entry["num_children"]}
         wnids = [wnid[int(line)] for line in content[wanted[1]].split()]
     except (OSError, EOFError, tarfile.TarError) as error:
-        raise DataError(
-            f"{devkit}: cannot be read ({error}); the validation images need it for their labels"
-        ) from None
+        raise DataError(f"{devkit}: cannot be read ({error}); the validation images need it for their labels") from None
     except (KeyError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise DataError(f"{devkit}: not the devkit of ILSVRC 2012, task 1 and 2 ({error!r})") from None
     for name in wnids:
@@ -192,9 +184,7 @@ def validation_wnids(devkit: Path) -> list[str]:
 
 def download(root: Path) -> None:
     """Say how ImageNet is fetched, which only its user may do, unless it is there."""
-    if not all(
-        (root / split).exists() or (root / f"ILSVRC2012_img_{split}.tar").exists() for split in SPLITS
-    ):
+    if not all((root / split).exists() or (root / f"ILSVRC2012_img_{split}.tar").exists() for split in SPLITS):
         raise DataError(
             f"{root}: ImageNet cannot be downloaded by a program; log in at "
             "https://image-net.org/download-images, accept its terms, "

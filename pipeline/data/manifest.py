@@ -47,13 +47,9 @@ class Manifest:
             with path.open(newline="", encoding="utf-8") as file:
                 names, *rows = csv.reader(file)
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{path}: no manifest to read ({error}); run `python -m pipeline prepare` first"
-            ) from None
+            raise DataError(f"{path}: no manifest to read ({error}); run `python -m pipeline prepare` first") from None
         if not rows or any(len(row) != len(names) for row in rows):
-            raise DataError(
-                f"{path}: not a manifest, or an empty one; run `python -m pipeline prepare` again"
-            )
+            raise DataError(f"{path}: not a manifest, or an empty one; run `python -m pipeline prepare` again")
         return cls(path, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
     def __getitem__(self, column: str) -> list[str]:
@@ -69,18 +65,14 @@ class Manifest:
         keep = [i for i, split in enumerate(self.columns["split"]) if split == name]
         if not keep:
             raise DataError(f"{self.path}: has no rows of the split {name!r}")
-        return Manifest(
-            self.path, {column: [values[i] for i in keep] for column, values in self.columns.items()}
-        )
+        return Manifest(self.path, {column: [values[i] for i in keep] for column, values in self.columns.items()})
 
 
 def data_root(name: str, source: str, machine: Machine) -> Path:
     """Return where the set lies: what the environment says, else data/generated/<set> or data/<set>."""
     if name in machine.data_roots:
         return machine.data_roots[name]
-    return (
-        machine.root / "data" / "generated" / name if source == "generated" else machine.root / "data" / name
-    )
+    return machine.root / "data" / "generated" / name if source == "generated" else machine.root / "data" / name
 
 
 def checksum(content: bytes) -> str:
@@ -116,13 +108,9 @@ def image_size(root: Path, path: str, content: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             size = image.size
-            image.draft(
-                "L", (1, 1)
-            )  # a JPEG is read to its end all the same, only its pixels are not all made
+            image.draft("L", (1, 1))  # a JPEG is read to its end all the same, only its pixels are not all made
             image.load()
-    except (
-        Exception
-    ) as error:  # PIL raises whatever its decoders meet: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # PIL raises whatever its decoders meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{root / path}: not a readable image ({error})") from None
     return size
 

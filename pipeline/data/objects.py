@@ -98,8 +98,21 @@ def airplane(j: Jitter) -> list[Part]:
     return [
         Part(corners([(0.15, 0), (0.15 - w, 0), (-0.2 - sweep, -span), (-0.02 - sweep, -span)]), FAR),
         Part(corners([(-0.62, 0), (-0.85, 0), (-1.0, -tail), (-0.88, -tail)]), FAR),
-        Part(blob([(1.0, 0.02), (0.82, -r * 0.8), (0.5, -r), (-0.6, -r), (-1.0, -r * 0.5), (-1.0, -r * 0.1),
-                   (-0.5, r * 0.8), (0.5, r), (0.85, r * 0.7)])),
+        Part(
+            blob(
+                [
+                    (1.0, 0.02),
+                    (0.82, -r * 0.8),
+                    (0.5, -r),
+                    (-0.6, -r),
+                    (-1.0, -r * 0.5),
+                    (-1.0, -r * 0.1),
+                    (-0.5, r * 0.8),
+                    (0.5, r),
+                    (0.85, r * 0.7),
+                ]
+            )
+        ),
         Part(corners([(-0.6, -r * 0.8), (-0.85, -r - fin), (-1.05, -r - fin), (-0.98, -r * 0.3)]), SECOND),
         Part(corners([(0.2, r * 0.3), (0.2 - w, r * 0.3), (-0.2 - sweep, span), (0.0 - sweep, span)])),
         Part(corners([(-0.65, 0.02), (-0.85, 0.02), (-1.02, tail), (-0.9, tail)])),
@@ -114,14 +127,25 @@ def automobile(j: Jitter) -> list[Part]:
     front, back = j(0.26), j(0.62)
     r = j(0.21)
     return [
-        Part(blob([(-0.95, floor), (-1.0, belt + 0.1), (-0.9, belt - 0.03), (-back, belt - 0.02),
-                   (-back + 0.22, roof),
-                   (0.05, roof - 0.03), (front, roof + 0.06), (front + 0.24, belt), (0.85, belt + 0.08),
-                   (1.0, belt + 0.22), (0.98, floor)])),
-        Part(corners([(-back + 0.1, belt), (-back + 0.26, roof + 0.08), (-0.06, roof + 0.06),
-                      (-0.06, belt)]), GLASS),
-        Part(corners([(0.02, belt), (0.02, roof + 0.06), (front - 0.06, roof + 0.1), (front + 0.12, belt)]),
-             GLASS),
+        Part(
+            blob(
+                [
+                    (-0.95, floor),
+                    (-1.0, belt + 0.1),
+                    (-0.9, belt - 0.03),
+                    (-back, belt - 0.02),
+                    (-back + 0.22, roof),
+                    (0.05, roof - 0.03),
+                    (front, roof + 0.06),
+                    (front + 0.24, belt),
+                    (0.85, belt + 0.08),
+                    (1.0, belt + 0.22),
+                    (0.98, floor),
+                ]
+            )
+        ),
+        Part(corners([(-back + 0.1, belt), (-back + 0.26, roof + 0.08), (-0.06, roof + 0.06), (-0.06, belt)]), GLASS),
+        Part(corners([(0.02, belt), (0.02, roof + 0.06), (front - 0.06, roof + 0.1), (front + 0.12, belt)]), GLASS),
         Part(corners([(-0.98, floor - 0.04), (0.98, floor - 0.04)]), SECOND, 0.07),
         *wheel(-j(0.6), floor + 0.02, r),
         *wheel(j(0.6), floor + 0.02, r),
@@ -136,10 +160,8 @@ def truck(j: Jitter) -> list[Part]:
         Part(box(-1.0, floor - 0.12, 1.0, floor + 0.05), DARK),
         Part(box(-1.0, top, cab - 0.02, floor - 0.06), COAT),
         Part(corners([(-1.0, (top + floor) / 2), (cab - 0.02, (top + floor) / 2)]), FAR, j(0.09)),
-        Part(corners([(cab, floor), (cab, roof), (0.8, roof), (0.94, -0.02), (1.0, 0.04), (1.0, floor)]),
-             SECOND),
-        Part(corners([(cab + 0.14, -0.02), (cab + 0.14, roof + 0.07), (0.77, roof + 0.07), (0.88, -0.02)]),
-             GLASS),
+        Part(corners([(cab, floor), (cab, roof), (0.8, roof), (0.94, -0.02), (1.0, 0.04), (1.0, floor)]), SECOND),
+        Part(corners([(cab + 0.14, -0.02), (cab + 0.14, roof + 0.07), (0.77, roof + 0.07), (0.88, -0.02)]), GLASS),
         *wheel(-0.75, floor + 0.06, r),
         *wheel(-j(0.36), floor + 0.06, r),
         *wheel(j(0.7, 0.06), floor + 0.06, r),
@@ -153,12 +175,20 @@ def ship(j: Jitter) -> list[Part]:
     return [
         Part(corners([(j.between(0.35, 0.5), deck), (j.between(0.35, 0.5), -j(0.75))]), DARK, 0.05),
         Part(box(left + 0.18, deck - 2 * height, right - 0.15, deck - height), SECOND),
-        Part(corners([(left + 0.26, deck - 2 * height), (left + 0.3, deck - 2 * height - j(0.34)),
-                      (left + 0.54, deck - 2 * height - 0.34), (left + 0.56, deck - 2 * height)]), COAT),
+        Part(
+            corners(
+                [
+                    (left + 0.26, deck - 2 * height),
+                    (left + 0.3, deck - 2 * height - j(0.34)),
+                    (left + 0.54, deck - 2 * height - 0.34),
+                    (left + 0.56, deck - 2 * height),
+                ]
+            ),
+            COAT,
+        ),
         Part(box(left, deck - height, right, deck + 0.05), SECOND),
         Part(corners([(left + 0.06, deck - height * 0.5), (right - 0.06, deck - height * 0.5)]), GLASS, 0.06),
-        Part(corners([(-1.0, deck), (0.7, deck), (1.0, deck - j(0.16)), (j(0.72), keel), (-j(0.84), keel)]),
-             COAT),
+        Part(corners([(-1.0, deck), (0.7, deck), (1.0, deck - j(0.16)), (j(0.72), keel), (-j(0.84), keel)]), COAT),
         Part(corners([(-0.84, keel - 0.05), (0.7, keel - 0.05)]), DARK, 0.1),
     ]
 
@@ -171,10 +201,23 @@ def bird(j: Jitter) -> list[Part]:
         Part(corners([(-0.02, 0.3), (-0.06, 0.85), (0.12, 0.87)]), DARK, 0.06),
         Part(corners([(0.14, 0.3), (0.12, 0.85), (0.3, 0.87)]), DARK, 0.06),
         Part(corners([(-0.35, -0.02), (-0.5 - tail, 0.2), (-0.42 - tail, 0.42), (-0.25, 0.3)]), FAR),
-        Part(corners([(hx + r * 0.7, hy - 0.1), (hx + r + beak, hy + 0.06), (hx + r * 0.7, hy + 0.13)]),
-             SECOND),
-        Part(blob([(-0.62, 0.12), (-0.3, -0.22), (0.2, -0.36), (hx - r * 0.5, hy - r * 0.6), (hx, hy - r),
-                   (hx + r, hy), (hx + r * 0.7, hy + r * 0.8), (0.5, 0.15), (0.15, 0.42), (-0.3, 0.36)])),
+        Part(corners([(hx + r * 0.7, hy - 0.1), (hx + r + beak, hy + 0.06), (hx + r * 0.7, hy + 0.13)]), SECOND),
+        Part(
+            blob(
+                [
+                    (-0.62, 0.12),
+                    (-0.3, -0.22),
+                    (0.2, -0.36),
+                    (hx - r * 0.5, hy - r * 0.6),
+                    (hx, hy - r),
+                    (hx + r, hy),
+                    (hx + r * 0.7, hy + r * 0.8),
+                    (0.5, 0.15),
+                    (0.15, 0.42),
+                    (-0.3, 0.36),
+                ]
+            )
+        ),
         Part(blob([(0.2, -0.12), (0.1, 0.16), (-0.25, 0.24), (-0.72, 0.16), (-0.3, -0.1)]), SECOND),
         Part(oval(hx + 0.06, hy - 0.04, 0.055, 0.055), DARK),
     ]
@@ -185,21 +228,41 @@ def cat(j: Jitter) -> list[Part]:
     r, hy, wide = j(0.34), -j(0.36), j(0.42)
     ear = j(0.36)
     side = 1 if j.often(0.5) else -1
-    tail = [(side * wide * 0.7, 0.7), (side * 0.75, 0.72), (side * j(0.86), 0.35),
-            (side * 0.72, j.between(-0.2, 0.1))]
+    tail = [(side * wide * 0.7, 0.7), (side * 0.75, 0.72), (side * j(0.86), 0.35), (side * 0.72, j.between(-0.2, 0.1))]
     return [
         Part(corners(tail), COAT, j(0.13)),
-        Part(blob([(0, -0.25), (wide * 0.75, 0.05), (wide, 0.6), (wide * 0.7, 0.88), (-wide * 0.7, 0.88),
-                   (-wide, 0.6),
-                   (-wide * 0.75, 0.05)])),
+        Part(
+            blob(
+                [
+                    (0, -0.25),
+                    (wide * 0.75, 0.05),
+                    (wide, 0.6),
+                    (wide * 0.7, 0.88),
+                    (-wide * 0.7, 0.88),
+                    (-wide, 0.6),
+                    (-wide * 0.75, 0.05),
+                ]
+            )
+        ),
         Part(corners([(-0.1, 0.3), (-0.1, 0.86)]), FAR, 0.05),
         Part(corners([(0.1, 0.3), (0.1, 0.86)]), FAR, 0.05),
-        *[Part(corners([(s * r * 0.15, hy - r * 0.75), (s * r * 0.95, hy - r - ear * 0.6),
-                        (s * r * 0.98, hy - r * 0.1)]))
-          for s in (-1, 1)],
-        *[Part(corners([(s * r * 0.4, hy - r * 0.8), (s * r * 0.85, hy - r - ear * 0.3),
-                        (s * r * 0.85, hy - r * 0.5)]),
-               SECOND) for s in (-1, 1)],
+        *[
+            Part(
+                corners(
+                    [(s * r * 0.15, hy - r * 0.75), (s * r * 0.95, hy - r - ear * 0.6), (s * r * 0.98, hy - r * 0.1)]
+                )
+            )
+            for s in (-1, 1)
+        ],
+        *[
+            Part(
+                corners(
+                    [(s * r * 0.4, hy - r * 0.8), (s * r * 0.85, hy - r - ear * 0.3), (s * r * 0.85, hy - r * 0.5)]
+                ),
+                SECOND,
+            )
+            for s in (-1, 1)
+        ],
         Part(oval(0, hy, r * 1.12, r)),
         *[Part(oval(s * r * 0.45, hy - r * 0.1, r * 0.17, r * 0.2), GLASS) for s in (-1, 1)],
         *[Part(oval(s * r * 0.45, hy - r * 0.1, r * 0.07, r * 0.17), DARK) for s in (-1, 1)],
@@ -219,11 +282,23 @@ def frog(j: Jitter) -> list[Part]:
             Part(corners([(s * 0.26, 0.2), (s * 0.34, 0.58), (s * 0.5, 0.62)]), COAT, 0.11),
         ]
     parts += [
-        Part(blob([(0, -up), (wide * 0.75, -up * 0.75), (wide, 0.1), (wide * 0.6, 0.48), (-wide * 0.6, 0.48),
-                   (-wide, 0.1),
-                   (-wide * 0.75, -up * 0.75)])),
-        Part(blob([(0, 0.12), (wide * 0.55, 0.2), (wide * 0.45, 0.46), (-wide * 0.45, 0.46),
-                   (-wide * 0.55, 0.2)]), SECOND),
+        Part(
+            blob(
+                [
+                    (0, -up),
+                    (wide * 0.75, -up * 0.75),
+                    (wide, 0.1),
+                    (wide * 0.6, 0.48),
+                    (-wide * 0.6, 0.48),
+                    (-wide, 0.1),
+                    (-wide * 0.75, -up * 0.75),
+                ]
+            )
+        ),
+        Part(
+            blob([(0, 0.12), (wide * 0.55, 0.2), (wide * 0.45, 0.46), (-wide * 0.45, 0.46), (-wide * 0.55, 0.2)]),
+            SECOND,
+        ),
         Part(corners([(-wide * 0.75, -0.02), (0, 0.08), (wide * 0.75, -0.02)]), DARK, 0.04),
     ]
     for s in (-1, 1):
@@ -235,8 +310,7 @@ def frog(j: Jitter) -> list[Part]:
     return parts
 
 
-def _legs(j: Jitter, fore: float, hind: float, top: float, foot: float, width: float) -> tuple[list[Part],
-                                                                                               list[Part]]:
+def _legs(j: Jitter, fore: float, hind: float, top: float, foot: float, width: float) -> tuple[list[Part], list[Part]]:
     """Return the far and the near pair of legs of a walker."""
     far, near = [], []
     for x in (fore, hind):
@@ -264,13 +338,20 @@ def deer(j: Jitter) -> list[Part]:
         *far,
         *antlers,
         Part(corners([(-0.5, 0.0), (-0.66, j.between(-0.12, 0.1))]), SECOND, 0.1),
-        Part(blob([(-0.55, 0.05), (-0.4, -0.14), (0.1, -0.1), (0.4, -0.16), (0.42, 0.12), (0.1, 0.24),
-                   (-0.4, 0.26)])),
+        Part(blob([(-0.55, 0.05), (-0.4, -0.14), (0.1, -0.1), (0.4, -0.16), (0.42, 0.12), (0.1, 0.24), (-0.4, 0.26)])),
         Part(corners([(0.18, 0.05), (0.42, 0.16), (hx + 0.04, hy + 0.08), (hx - 0.14, hy - 0.06)])),
         Part(corners([(hx - 0.12, hy - 0.02), (hx - 0.3, hy - 0.14)]), COAT, 0.09),
-        Part(blob([(hx - 0.14, hy - 0.08), (hx + 0.05, hy - 0.11), (hx + 0.3, hy + 0.06),
-                   (hx + 0.28, hy + 0.14),
-                   (hx - 0.04, hy + 0.12)])),
+        Part(
+            blob(
+                [
+                    (hx - 0.14, hy - 0.08),
+                    (hx + 0.05, hy - 0.11),
+                    (hx + 0.3, hy + 0.06),
+                    (hx + 0.28, hy + 0.14),
+                    (hx - 0.04, hy + 0.12),
+                ]
+            )
+        ),
         *near,
     ]
 
@@ -283,13 +364,21 @@ def horse(j: Jitter) -> list[Part]:
     return [
         *far,
         Part(corners(tail), SECOND, j(0.16)),
-        Part(blob([(-0.68, 0.02), (-0.5, -0.24), (-0.05, -0.16), (0.4, -0.24), (0.52, 0.1), (0.1, 0.32),
-                   (-0.4, 0.3)])),
+        Part(blob([(-0.68, 0.02), (-0.5, -0.24), (-0.05, -0.16), (0.4, -0.24), (0.52, 0.1), (0.1, 0.32), (-0.4, 0.3)])),
         Part(corners([(0.08, -0.1), (0.52, 0.16), (hx + 0.08, hy + 0.12), (hx - 0.2, hy - 0.14)])),
         Part(corners([(0.06, -0.14), (0.3, hy * 0.8), (hx - 0.18, hy - 0.16)]), SECOND, j(0.16)),
-        Part(blob([(hx - 0.2, hy - 0.14), (hx, hy - 0.18), (hx + 0.3, hy + 0.2), (hx + 0.26, hy + 0.34),
-                   (hx + 0.12, hy + 0.34),
-                   (hx - 0.08, hy + 0.14)])),
+        Part(
+            blob(
+                [
+                    (hx - 0.2, hy - 0.14),
+                    (hx, hy - 0.18),
+                    (hx + 0.3, hy + 0.2),
+                    (hx + 0.26, hy + 0.34),
+                    (hx + 0.12, hy + 0.34),
+                    (hx - 0.08, hy + 0.14),
+                ]
+            )
+        ),
         Part(corners([(hx - 0.16, hy - 0.12), (hx - 0.14, hy - 0.34), (hx - 0.02, hy - 0.14)])),
         *near,
     ]
@@ -303,22 +392,31 @@ def dog(j: Jitter) -> list[Part]:
     return [
         *far,
         Part(corners(tail), COAT, j(0.11)),
-        Part(blob([(-0.62, 0.1), (-0.5, -0.14), (0.05, -0.1), (0.45, -0.2), (0.56, 0.15), (0.2, 0.36),
-                   (-0.4, 0.32)])),
+        Part(blob([(-0.62, 0.1), (-0.5, -0.14), (0.05, -0.1), (0.45, -0.2), (0.56, 0.15), (0.2, 0.36), (-0.4, 0.32)])),
         Part(corners([(0.18, -0.05), (0.55, 0.2), (hx + 0.16, hy + 0.1), (hx - 0.2, hy - 0.06)])),
         Part(oval(hx, hy, r * 1.05, r * 0.95)),
         Part(blob([(hx + 0.1, hy - 0.06), (hx + 0.44, hy), (hx + 0.46, hy + 0.18), (hx + 0.08, hy + 0.24)])),
         Part(oval(hx + 0.45, hy + 0.03, 0.07, 0.06), DARK),
-        Part(blob([(hx - 0.22, hy - 0.22), (hx - 0.02, hy - 0.16), (hx - 0.06, hy + 0.28),
-                   (hx - 0.26, hy + 0.3)]), SECOND),
+        Part(
+            blob([(hx - 0.22, hy - 0.22), (hx - 0.02, hy - 0.16), (hx - 0.06, hy + 0.28), (hx - 0.26, hy + 0.3)]),
+            SECOND,
+        ),
         Part(oval(hx + 0.12, hy - 0.07, 0.045, 0.045), DARK),
         *near,
     ]
 
 
 KINDS: dict[str, Callable[[Jitter], list[Part]]] = {
-    "airplane": airplane, "automobile": automobile, "bird": bird, "cat": cat, "deer": deer,
-    "dog": dog, "frog": frog, "horse": horse, "ship": ship, "truck": truck,
+    "airplane": airplane,
+    "automobile": automobile,
+    "bird": bird,
+    "cat": cat,
+    "deer": deer,
+    "dog": dog,
+    "frog": frog,
+    "horse": horse,
+    "ship": ship,
+    "truck": truck,
 }
 
 
@@ -345,7 +443,7 @@ def background(rng: Rng, height: int, width: int) -> Array:
     """Return a float32 RGB ground (height, width, 3): two textured fields that meet, things lying about."""
     upper, lower = colour(rng), colour(rng)
     slope, level = rng.uniform(-0.25, 0.25), rng.uniform(0.3, 1.1)
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j].astype(np.float32)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
     below = np.clip((y + slope * (x - 0.5) - level) * rng.uniform(6, 60) + 0.5, 0, 1)[..., None]
     picture = upper * (1 - below) + lower * below
     grain = texture(rng, height, width, int(rng.integers(2, 7)))
@@ -367,17 +465,19 @@ def _clutter(rng: Rng, picture: Array) -> None:
             points = np.stack([np.cos(angles), np.sin(angles)], 1) * size + centre
             cv2.fillPoly(picture, [points.astype(np.int32)], paint)
         case 1:
-            end = (int(centre[0] + 3 * size * rng.uniform(-1, 1)),
-                   int(centre[1] + 3 * size * rng.uniform(-1, 1)))
+            end = (int(centre[0] + 3 * size * rng.uniform(-1, 1)), int(centre[1] + 3 * size * rng.uniform(-1, 1)))
             cv2.line(picture, centre, end, paint, max(1, size // 5))
         case _:
-            cv2.ellipse(picture, (centre, (size * 2, size * rng.uniform(0.6, 2)), rng.uniform(0, 180)), paint,
-                        -1 if rng.random() < 0.5 else max(1, size // 5))
+            cv2.ellipse(
+                picture,
+                (centre, (size * 2, size * rng.uniform(0.6, 2)), rng.uniform(0, 180)),
+                paint,
+                -1 if rng.random() < 0.5 else max(1, size // 5),
+            )
 
 
 def draw_object(
-    rng: Rng, picture: Array, kind: str, *, centre: tuple[float,
-                                                          float], radius: float, turn: float, flip: bool
+    rng: Rng, picture: Array, kind: str, *, centre: tuple[float, float], radius: float, turn: float, flip: bool
 ) -> None:
     """Draw an object of `kind` into a float32 RGB picture, in place.
 
@@ -393,9 +493,13 @@ def draw_object(
     frame = np.array([[c, -s], [s, c]]) @ np.diag([radius * stretch * (-1 if flip else 1), radius / stretch])
     around = picture[int(np.clip(centre[1], 0, height - 1)), int(np.clip(centre[0], 0, width - 1))]
     coat = _apart_from(rng, around)
-    paints = (coat, _apart_from(rng, coat, 40), coat * 0.15 + 15,
-              np.array([175, 190, 205], np.float32) * rng.uniform(0.5, 1.2),
-              coat * 0.62)
+    paints = (
+        coat,
+        _apart_from(rng, coat, 40),
+        coat * 0.15 + 15,
+        np.array([175, 190, 205], np.float32) * rng.uniform(0.5, 1.2),
+        coat * 0.62,
+    )
     layer, mask = picture.copy(), np.zeros((height, width), np.uint8)
     for part in KINDS[kind](Jitter(rng)):
         points = np.round((part.points @ frame.T + centre) * 8).astype(np.int32)
@@ -427,8 +531,7 @@ def _lit(rng: Rng, mask: Array, radius: float) -> Array:
     small = cv2.resize(mask, size, interpolation=cv2.INTER_AREA) if coarser > 1 else mask
     depth = cv2.GaussianBlur(small, (0, 0), max(1.0, radius * 0.12 / coarser)).astype(np.float32) / 255
     angle = rng.uniform(0, 2 * np.pi)
-    slope = cv2.Sobel(depth, cv2.CV_32F, 1, 0) * np.cos(angle) + cv2.Sobel(depth, cv2.CV_32F, 0,
-                                                                           1) * np.sin(angle)
+    slope = cv2.Sobel(depth, cv2.CV_32F, 1, 0) * np.cos(angle) + cv2.Sobel(depth, cv2.CV_32F, 0, 1) * np.sin(angle)
     grain = texture(rng, size[1], size[0], int(rng.integers(4, 12)))
     light = 1 + np.clip(slope * radius / coarser * 0.07, -0.4, 0.4) + rng.uniform(0, 0.12) * grain
     return cv2.resize(light.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)[..., None]
@@ -437,7 +540,7 @@ def _lit(rng: Rng, mask: Array, radius: float) -> Array:
 def finish(rng: Rng, picture: Array, noise: float) -> Array:
     """Return the photograph (uint8): exposure, colour of the light, gradient of brightness, noise."""
     height, width = picture.shape[:2]
-    y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j].astype(np.float32)
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
     gradient = 1 + rng.uniform(-0.25, 0.25) * x + rng.uniform(-0.25, 0.25) * y
     cast = rng.uniform(0.65, 1.2) * rng.uniform(0.85, 1.15, 3)
     picture = picture * (gradient[..., None] * cast.astype(np.float32))
@@ -452,8 +555,7 @@ def small_picture(rng: Rng, kind: str) -> Array:
     radius = side * rng.uniform(0.4, 0.5)
     slack = (side / 2 - radius * 0.8) / 2
     centre = (side / 2 + slack * rng.uniform(-1, 1), side / 2 + slack * rng.uniform(-1, 1))
-    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind),
-                flip=bool(rng.integers(2)))
+    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind), flip=bool(rng.integers(2)))
     picture = cv2.resize(picture, (32, 32), interpolation=cv2.INTER_AREA)
     return finish(rng, picture, rng.uniform(1, 7))
 
@@ -469,8 +571,7 @@ def large_picture(rng: Rng, kind: str, height: int, width: int) -> Array:
     radius = 2 * side * rng.uniform(0.34, 0.5)
     slack_x, slack_y = 0.6 * max(0.0, width - radius * 0.85), 0.6 * max(0.0, height - radius * 0.85)
     centre = (width + slack_x * rng.uniform(-1, 1), height + slack_y * rng.uniform(-1, 1))
-    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind),
-                flip=bool(rng.integers(2)))
+    draw_object(rng, picture, kind, centre=centre, radius=radius, turn=_turn(rng, kind), flip=bool(rng.integers(2)))
     picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
     return finish(rng, picture, rng.uniform(1, 6))
 

@@ -29,12 +29,28 @@ SUPERSAMPLING = 2
 NEAR, FAR = 2.2, 160.0
 DEPTHS = tuple(float(z) for z in np.geomspace(NEAR, FAR, 16))
 GREY = ((88, 88, 92), (112, 110, 108), (140, 136, 130), (70, 72, 78), (165, 160, 152))
-FACADE = ((150, 92, 74), (190, 170, 138), (205, 200, 190), (118, 112, 108), (168, 142, 112), (130, 138, 146),
-          (98, 84, 76))
+FACADE = (
+    (150, 92, 74),
+    (190, 170, 138),
+    (205, 200, 190),
+    (118, 112, 108),
+    (168, 142, 112),
+    (130, 138, 146),
+    (98, 84, 76),
+)
 GREEN = ((62, 84, 44), (86, 104, 52), (48, 66, 40), (112, 110, 58), (128, 98, 52))
-PAINT = ((178, 34, 34), (30, 60, 130), (225, 225, 222), (24, 25, 28), (150, 152, 156), (198, 160, 40),
-         (40, 96, 66),
-         (96, 62, 46), (90, 94, 100), (210, 100, 40))
+PAINT = (
+    (178, 34, 34),
+    (30, 60, 130),
+    (225, 225, 222),
+    (24, 25, 28),
+    (150, 152, 156),
+    (198, 160, 40),
+    (40, 96, 66),
+    (96, 62, 46),
+    (90, 94, 100),
+    (210, 100, 40),
+)
 SKIES = ((128, 168, 214), (186, 196, 206), (222, 224, 226), (226, 190, 160), (96, 120, 160), (150, 156, 166))
 SKIN = ((224, 180, 150), (176, 128, 96), (110, 76, 56))
 
@@ -93,17 +109,22 @@ class Scene:
         base = np.array(palette[self.rng.integers(len(palette))], np.float32)
         return np.clip(base + self.rng.normal(0, spread) + self.rng.normal(0, spread / 3, 3), 8, 250)
 
-    def fill(self, points: Points, label: int | None, colour: Array, *, grain: float = 0.1,
-             z: float = 0.0) -> None:
+    def fill(self, points: Points, label: int | None, colour: Array, *, grain: float = 0.1, z: float = 0.0) -> None:
         """Fill an outline in pixels at distance `z` (for the haze). Without a `label` the one below stays."""
-        outline = [np.round(np.array(points) * 8).clip(-2**18, 2**18).astype(np.int32)]
+        outline = [np.round(np.array(points) * 8).clip(-(2**18), 2**18).astype(np.int32)]
         if label is not None:
             cv2.fillPoly(self.ids, outline, label, shift=3)
         cv2.fillPoly(self.paint, outline, self._value(colour, grain, z), shift=3)
 
     def stroke(
-        self, points: Points, label: int | None, colour: Array, width: float, *,
-        grain: float = 0.05, z: float = 0.0,
+        self,
+        points: Points,
+        label: int | None,
+        colour: Array,
+        width: float,
+        *,
+        grain: float = 0.05,
+        z: float = 0.0,
     ) -> None:
         """Draw a line through points in pixels, `width` pixels thick."""
         line, thick = [np.round(np.array(points) * 8).astype(np.int32)], max(1, round(width))
@@ -118,7 +139,7 @@ class Scene:
     def shade(self, points: Points, factor: float) -> None:
         """Darken an outline in pixels."""
         mask = np.zeros((self.height, self.width), np.uint8)
-        cv2.fillPoly(mask, [np.round(np.array(points)).clip(-2**15, 2**15).astype(np.int32)], 255)
+        cv2.fillPoly(mask, [np.round(np.array(points)).clip(-(2**15), 2**15).astype(np.int32)], 255)
         dark = mask > 0
         self.paint[dark, :3] = (self.paint[dark, :3] * factor).astype(np.uint8)
 
@@ -136,8 +157,7 @@ class Scene:
         shape = (self.height, self.width)
         noise = self.rng.standard_normal(shape, np.float32)
         fine = cv2.GaussianBlur(noise, (0, 0), 1.0) * 2.2
-        coarse = cv2.resize(noise[: self.height // 12, : self.width // 12], shape[::-1],
-                            interpolation=cv2.INTER_CUBIC)
+        coarse = cv2.resize(noise[: self.height // 12, : self.width // 12], shape[::-1], interpolation=cv2.INTER_CUBIC)
         grain = self.paint[..., 3].astype(np.float32) / 255
         picture = self.paint[..., :3] * (1 + grain * (fine + 0.4 * coarse) * 0.6 + 0.025 * coarse)[..., None]
         across = np.linspace(-1, 1, self.width, dtype=np.float32) * self.rng.uniform(-0.2, 0.2)
@@ -152,10 +172,10 @@ class Scene:
 class Layout:
     """The cross-section of the street in metres from the camera, for the left (-1) and the right (1) side."""
 
-    kerb: dict[int, float]       # where the road ends
-    parking: dict[int, float]    # width of a parking strip beyond the kerb, not labelled as road
-    walk: dict[int, float]       # width of the pavement
-    green: dict[int, float]      # width of grass or earth beyond it
+    kerb: dict[int, float]  # where the road ends
+    parking: dict[int, float]  # width of a parking strip beyond the kerb, not labelled as road
+    walk: dict[int, float]  # width of the pavement
+    green: dict[int, float]  # width of grass or earth beyond it
     crossing: tuple[float, float]  # a side street from here to here ahead; none where both are equal
 
     @classmethod
@@ -200,8 +220,7 @@ def _sky(scene: Scene) -> None:
     for _ in range(int(rng.integers(0, 9))):
         centre = rng.uniform(0, width), rng.uniform(0, low)
         size = rng.uniform(0.03, 0.2) * width, rng.uniform(0.01, 0.05) * width
-        scene.fill(_oval(*centre, *size), None, np.clip(scene.haze * rng.uniform(0.85, 1.2), 0, 255),
-                   grain=0.08)
+        scene.fill(_oval(*centre, *size), None, np.clip(scene.haze * rng.uniform(0.85, 1.2), 0, 255), grain=0.08)
     x = -10.0
     while x < width:
         w, h = rng.uniform(0.03, 0.16) * width, rng.uniform(0.02, 0.14) * scene.height
@@ -243,8 +262,7 @@ def _ground(scene: Scene, layout: Layout) -> None:
                 if end > start:
                     _patch(scene, side * start, side * end, z0, z1, label, colour, grain)
             if layout.walk[side]:
-                _patch(scene, side * (park - 0.12), side * (park + 0.1), z0, z1, SIDEWALK, paving * 0.75,
-                       0.05)
+                _patch(scene, side * (park - 0.12), side * (park + 0.1), z0, z1, SIDEWALK, paving * 0.75, 0.05)
     if layout.crossing[0] < layout.crossing[1]:
         _patch(scene, -80, 80, *layout.crossing, ROAD, asphalt, 0.1)
     _markings(scene, layout)
@@ -252,8 +270,12 @@ def _ground(scene: Scene, layout: Layout) -> None:
         z, side = rng.uniform(5, 50), rng.choice((-1, 1))
         reach = side * rng.uniform(-2, 8)
         length = rng.uniform(2, 15)
-        shadow = [scene.at(side * 20, 0, z), scene.at(reach, 0, z + 1), scene.at(reach, 0, z + length),
-                  scene.at(side * 20, 0, z + length + 3)]
+        shadow = [
+            scene.at(side * 20, 0, z),
+            scene.at(reach, 0, z + 1),
+            scene.at(reach, 0, z + length),
+            scene.at(side * 20, 0, z + length + 3),
+        ]
         scene.shade(shadow, rng.uniform(0.45, 0.75))
 
 
@@ -285,8 +307,7 @@ def _markings(scene: Scene, layout: Layout) -> None:
 def _side(scene: Scene, layout: Layout, side: int) -> list[tuple[float, Callable[[], None]]]:
     """Return the stretches that bound one side: houses, walls, fences, hedges and trees, or nothing."""
     rng = scene.rng
-    moods = ((0.82, 0.05, 0.05, 0.08), (0.35, 0.15, 0.2, 0.3), (0.05, 0.15, 0.25, 0.55),
-             (0.25, 0.4, 0.15, 0.2))
+    moods = ((0.82, 0.05, 0.05, 0.08), (0.35, 0.15, 0.2, 0.3), (0.05, 0.15, 0.25, 0.55), (0.25, 0.4, 0.15, 0.2))
     weights = moods[rng.integers(len(moods))]
     makers = (_house, _wall, _fence, _trees)
     things, z = [], NEAR * 0.7
@@ -328,16 +349,18 @@ def _house(scene: Scene, side: int, x: float, z0: float, z1: float) -> tuple[flo
         scene.fill(_panel(gable, 0, depth, -0.1, height), BUILDING, colour * 0.8, grain=0.12, z=z0)
         scene.fill(_panel(facade, 0, z1 - z0, -0.1, height), BUILDING, colour * in_shade, grain=0.12, z=z0)
         if pitched:
-            ridge = [facade(0, height), facade(z1 - z0, height), scene.at(x + depth / 3, height + 2.5, z1),
-                     scene.at(x + depth / 3, height + 2.5, z0)]
+            ridge = [
+                facade(0, height),
+                facade(z1 - z0, height),
+                scene.at(x + depth / 3, height + 2.5, z1),
+                scene.at(x + depth / 3, height + 2.5, z0),
+            ]
             scene.fill(ridge, BUILDING, roof, grain=0.15, z=z0)
         for y in np.arange(1.0, height - 1.2, storey):
             for s in np.arange(0.8, z1 - z0 - 1.2, step):
-                scene.fill(_panel(facade, s, s + step * 0.5, y, y + 1.5), None, pane * in_shade, grain=0.05,
-                           z=z0 + s)
+                scene.fill(_panel(facade, s, s + step * 0.5, y, y + 1.5), None, pane * in_shade, grain=0.05, z=z0 + s)
             for s in np.arange(1.0, 12, step * 1.2):
-                scene.fill(_panel(gable, side * s, side * (s + step * 0.5), y, y + 1.5), None, pane * 0.8,
-                           z=z0)
+                scene.fill(_panel(gable, side * s, side * (s + step * 0.5), y, y + 1.5), None, pane * 0.8, z=z0)
 
     return z1, paint
 
@@ -350,15 +373,12 @@ def _wall(scene: Scene, side: int, x: float, z0: float, z1: float) -> tuple[floa
     def paint() -> None:
         face = _flank(scene, x, z0)
         scene.fill(_panel(face, 0, z1 - z0, -0.05, height), WALL, colour * in_shade, grain=0.18, z=z0)
-        scene.fill(_panel(_front(scene, x, z0), 0, side * 0.5, -0.05, height), WALL, colour * 0.8,
-                   grain=0.18, z=z0)
+        scene.fill(_panel(_front(scene, x, z0), 0, side * 0.5, -0.05, height), WALL, colour * 0.8, grain=0.18, z=z0)
         for y in np.arange(course, height, course):
             scene.stroke([face(0, y), face(z1 - z0, y)], None, colour * 0.7, scene.pixels(0.04, z0 + 1), z=z0)
         for s in np.arange(0, z1 - z0, course * 3):
-            scene.stroke([face(s, 0), face(s, height)], None, colour * 0.75, scene.pixels(0.03, z0 + s + 1),
-                         z=z0)
-        scene.stroke([face(0, height), face(z1 - z0, height)], WALL, colour * 1.15,
-                     scene.pixels(0.14, z0 + 1), z=z0)
+            scene.stroke([face(s, 0), face(s, height)], None, colour * 0.75, scene.pixels(0.03, z0 + s + 1), z=z0)
+        scene.stroke([face(0, height), face(z1 - z0, height)], WALL, colour * 1.15, scene.pixels(0.14, z0 + 1), z=z0)
 
     return z1, paint
 
@@ -372,11 +392,9 @@ def _fence(scene: Scene, side: int, x: float, z0: float, z1: float) -> tuple[flo
         face = _flank(scene, x, z0)
         scene.mark(_panel(face, 0, z1 - z0, 0, height), FENCE)
         for s in np.arange(0, z1 - z0, gap * (1 + z0 / 25)):
-            scene.stroke([face(s, 0), face(s, height)], FENCE, colour, scene.pixels(bar, z0 + s + 0.5),
-                         z=z0 + s)
+            scene.stroke([face(s, 0), face(s, height)], FENCE, colour, scene.pixels(bar, z0 + s + 0.5), z=z0 + s)
         for y in (0.15 * height, 0.6 * height, 0.95 * height):
-            scene.stroke([face(0, y), face(z1 - z0, y)], FENCE, colour * 0.9, scene.pixels(bar, z0 + 1.5),
-                         z=z0)
+            scene.stroke([face(0, y), face(z1 - z0, y)], FENCE, colour * 0.9, scene.pixels(bar, z0 + 1.5), z=z0)
 
     return z1, paint
 
@@ -392,8 +410,9 @@ def _trees(scene: Scene, side: int, x: float, z0: float, z1: float) -> tuple[flo
         reach = z1 - z0
         hedge = _panel(_flank(scene, x, z0), 0, reach, 0, height * 0.55)
         scene.fill(hedge, VEGETATION, colour * 0.7, grain=0.4, z=z0)
-        scene.fill(_panel(_front(scene, x, z0), 0, side * 10, 0, height * 0.55), VEGETATION, colour * 0.65,
-                   grain=0.4, z=z0)
+        scene.fill(
+            _panel(_front(scene, x, z0), 0, side * 10, 0, height * 0.55), VEGETATION, colour * 0.65, grain=0.4, z=z0
+        )
         for _ in range(26):
             z, y = z0 + leaves.uniform(0, reach), height * leaves.uniform(0.3, 0.9)
             _leaf(scene, leaves, x + side * leaves.uniform(0, 5), y, z, height * 0.16, colour)
@@ -407,8 +426,9 @@ def _leaf(scene: Scene, rng: Rng, x: float, y: float, z: float, size: float, col
     r = scene.pixels(size * rng.uniform(0.7, 1.5), z)
     tone = colour * rng.uniform(0.7, 1.0) * (0.8 + 0.4 * min(1.0, y / 8))
     wobble = rng.uniform(0.75, 1.25, 12)
-    outline = [(u + (a - u) * w, v + (b - v) * w) for (a, b),
-               w in zip(_oval(u, v, r, r * 0.85, 12), wobble, strict=True)]
+    outline = [
+        (u + (a - u) * w, v + (b - v) * w) for (a, b), w in zip(_oval(u, v, r, r * 0.85, 12), wobble, strict=True)
+    ]
     scene.fill(outline, VEGETATION, tone, grain=0.45, z=z)
 
 
@@ -448,9 +468,10 @@ def _sign(scene: Scene, x: float, z: float) -> None:
     for top in (height, height - 0.85)[: int(rng.integers(1, 3))]:
         u, v = scene.at(x, top - 0.4, z)
         r = scene.pixels(rng.uniform(0.32, 0.48), z)
-        rim, face = scene.choose(((190, 30, 36), (30, 70, 160),
-                                  (40, 42, 46))), scene.choose(((225, 225, 220), (36, 80, 170),
-                                                                (225, 190, 40)))
+        rim, face = (
+            scene.choose(((190, 30, 36), (30, 70, 160), (40, 42, 46))),
+            scene.choose(((225, 225, 220), (36, 80, 170), (225, 190, 40))),
+        )
         match int(rng.integers(4)):
             case 0:
                 outer, inner = _oval(u, v, r, r), _oval(u, v, r * 0.68, r * 0.68)
@@ -459,14 +480,21 @@ def _sign(scene: Scene, x: float, z: float) -> None:
                 inner = [(u - r * 0.55, v + r * 0.5), (u, v - r * 0.5), (u + r * 0.55, v + r * 0.5)]
             case 2:
                 outer = [(u - r, v - r), (u + r, v - r), (u + r, v + r), (u - r, v + r)]
-                inner = [(u - r * 0.8, v - r * 0.8), (u + r * 0.8, v - r * 0.8), (u + r * 0.8, v + r * 0.8),
-                         (u - r * 0.8, v + r * 0.8)]
+                inner = [
+                    (u - r * 0.8, v - r * 0.8),
+                    (u + r * 0.8, v - r * 0.8),
+                    (u + r * 0.8, v + r * 0.8),
+                    (u - r * 0.8, v + r * 0.8),
+                ]
             case _:
                 w = r * 1.9
-                outer = [(u - w, v - r * 0.6), (u + w, v - r * 0.6), (u + w, v + r * 0.6),
-                         (u - w, v + r * 0.6)]
-                inner = [(u - w * 0.9, v - r * 0.4), (u + w * 0.9, v - r * 0.4), (u + w * 0.9, v + r * 0.4),
-                         (u - w * 0.9, v + r * 0.4)]
+                outer = [(u - w, v - r * 0.6), (u + w, v - r * 0.6), (u + w, v + r * 0.6), (u - w, v + r * 0.6)]
+                inner = [
+                    (u - w * 0.9, v - r * 0.4),
+                    (u + w * 0.9, v - r * 0.4),
+                    (u + w * 0.9, v + r * 0.4),
+                    (u - w * 0.9, v + r * 0.4),
+                ]
         scene.fill(outer, SIGN, rim, grain=0.02, z=z)
         scene.fill(inner, SIGN, face, grain=0.02, z=z)
 
@@ -480,8 +508,9 @@ def _lights(scene: Scene, x: float, z: float, side: int) -> None:
         arm, over = rng.uniform(4.8, 5.6), x - side * rng.uniform(1.5, 3.5)
         heads.append((over, arm))
         _pole(scene, x, z, arm)
-        scene.stroke([scene.at(x, arm, z), scene.at(over, arm, z)], POLE, scene.choose(GREY),
-                     scene.pixels(0.12, z), z=z)
+        scene.stroke(
+            [scene.at(x, arm, z), scene.at(over, arm, z)], POLE, scene.choose(GREY), scene.pixels(0.12, z), z=z
+        )
     else:
         _pole(scene, x, z, height)
     lit = int(rng.integers(3))
@@ -492,8 +521,7 @@ def _lights(scene: Scene, x: float, z: float, side: int) -> None:
         for i, glow in enumerate(((240, 50, 40), (250, 190, 50), (60, 220, 120))):
             u, v = to(0, top - 0.2 - 0.32 * i)
             r = scene.pixels(0.13, z)
-            scene.fill(_oval(u, v, r, r), LIGHT, rgb(*glow) * (1.0 if i == lit else 0.25), grain=0.0,
-                       z=z)
+            scene.fill(_oval(u, v, r, r), LIGHT, rgb(*glow) * (1.0 if i == lit else 0.25), grain=0.0, z=z)
 
 
 def _lamp(scene: Scene, x: float, z: float, side: int) -> None:
@@ -509,8 +537,7 @@ def _tree(scene: Scene, x: float, z: float) -> None:
     rng = scene.rng
     colour, crown, size = scene.choose(GREEN), rng.uniform(3.2, 6.5), rng.uniform(1.0, 2.2)
     trunk = [scene.at(x, 0, z), scene.at(x + rng.uniform(-0.2, 0.2), crown, z)]
-    scene.stroke(trunk, VEGETATION, scene.choose(((84, 66, 50), (60, 52, 46))), scene.pixels(0.26, z),
-                 grain=0.3, z=z)
+    scene.stroke(trunk, VEGETATION, scene.choose(((84, 66, 50), (60, 52, 46))), scene.pixels(0.26, z), grain=0.3, z=z)
     for _ in range(18):
         angle, r = rng.uniform(0, 2 * np.pi), size * np.sqrt(rng.random())
         _leaf(scene, rng, x + r * np.cos(angle), crown + r * np.sin(angle) * 0.8, z, size * 0.35, colour)
@@ -521,8 +548,7 @@ def _bin(scene: Scene, x: float, z: float) -> None:
     rng = scene.rng
     width, height = rng.uniform(0.3, 0.9), rng.uniform(0.6, 1.3)
     label = DYNAMIC if rng.random() < 0.2 else STATIC
-    scene.fill(_panel(_front(scene, x, z), 0, width, 0, height), label, scene.choose(PAINT + GREEN),
-               grain=0.1, z=z)
+    scene.fill(_panel(_front(scene, x, z), 0, width, 0, height), label, scene.choose(PAINT + GREEN), grain=0.1, z=z)
     scene.fill(_panel(_front(scene, x, z), 0, width, height * 0.85, height), label, scene.choose(GREY), z=z)
 
 
@@ -552,8 +578,7 @@ def _person(scene: Scene, x: float, z: float) -> None:
     step, swing = rng.uniform(-0.32, 0.32), rng.uniform(-0.25, 0.25)
 
     def line(points: Points, colour: Array, width: float) -> None:
-        scene.stroke([to(s * size, y * size) for s, y in points], PERSON, colour,
-                     scene.pixels(width * size, z), z=z)
+        scene.stroke([to(s * size, y * size) for s, y in points], PERSON, colour, scene.pixels(width * size, z), z=z)
 
     line([(0.07, 0.85), (0.05 + step / 2, 0.45), (step, 0.04)], legs, 0.17)
     line([(-0.07, 0.85), (-0.05 - step / 2, 0.45), (-step, 0.04)], legs * 0.8, 0.17)
@@ -594,13 +619,15 @@ def _bicycle(scene: Scene, x: float, z: float, *, rider: bool) -> None:
         scene.mark(rim, BICYCLE)
         scene.stroke([*rim, rim[0]], BICYCLE, dark, scene.pixels(0.06, z), z=z)
         for a in (0.3, 1.3, 2.3):
-            spoke = [to(s + 0.3 * np.cos(a), 0.34 + 0.3 * np.sin(a)),
-                     to(s - 0.3 * np.cos(a), 0.34 - 0.3 * np.sin(a))]
+            spoke = [to(s + 0.3 * np.cos(a), 0.34 + 0.3 * np.sin(a)), to(s - 0.3 * np.cos(a), 0.34 - 0.3 * np.sin(a))]
             scene.stroke(spoke, BICYCLE, dark * 2, 1, z=z)
     frame = [(-0.52, 0.34), (-0.12, 0.32), (0.36, 0.78), (-0.2, 0.8), (-0.52, 0.34)]
     scene.stroke([to(*p) for p in frame], BICYCLE, colour, scene.pixels(0.07, z), z=z)
-    for part in ([(-0.12, 0.32), (-0.24, 0.95)], [(-0.36, 0.97), (-0.12, 0.97)],
-                 [(0.52, 0.34), (0.34, 1.0), (0.5, 1.06)]):
+    for part in (
+        [(-0.12, 0.32), (-0.24, 0.95)],
+        [(-0.36, 0.97), (-0.12, 0.97)],
+        [(0.52, 0.34), (0.34, 1.0), (0.5, 1.06)],
+    ):
         scene.stroke([to(*p) for p in part], BICYCLE, colour * 0.7, scene.pixels(0.06, z), z=z)
     if rider:
         _rider(scene, to, z, seat=0.95)
@@ -610,17 +637,23 @@ def _motorcycle(scene: Scene, x: float, z: float, *, rider: bool) -> None:
     """A motorcycle from the side: heavy wheels, tank, seat, lamp."""
     to, colour = _aslant(scene, x, z), scene.choose(PAINT)
     dark, chrome = rgb(26, 26, 28), rgb(165, 168, 172)
-    body = [(-0.85, 0.72), (-0.75, 0.5), (-0.3, 0.25), (0.35, 0.25), (0.72, 0.4), (0.55, 0.86), (0.15, 0.98),
-            (-0.2, 0.78)]
+    body = [
+        (-0.85, 0.72),
+        (-0.75, 0.5),
+        (-0.3, 0.25),
+        (0.35, 0.25),
+        (0.72, 0.4),
+        (0.55, 0.86),
+        (0.15, 0.98),
+        (-0.2, 0.78),
+    ]
     for s in (-0.68, 0.7):
         scene.fill(_disc(to, s, 0.33, 0.33), MOTORCYCLE, dark, grain=0.05, z=z)
         scene.fill(_disc(to, s, 0.33, 0.17), MOTORCYCLE, chrome * 0.7, grain=0.05, z=z)
     scene.fill([to(*p) for p in body], MOTORCYCLE, colour, grain=0.06, z=z)
-    scene.fill([to(*p) for p in [(-0.35, 0.2), (0.3, 0.2), (0.3, 0.55), (-0.3, 0.55)]], MOTORCYCLE,
-               chrome * 0.6, z=z)
+    scene.fill([to(*p) for p in [(-0.35, 0.2), (0.3, 0.2), (0.3, 0.55), (-0.3, 0.55)]], MOTORCYCLE, chrome * 0.6, z=z)
     scene.stroke([to(-0.8, 0.8), to(-0.1, 0.82)], MOTORCYCLE, dark, scene.pixels(0.13, z), z=z)
-    scene.stroke([to(0.7, 0.33), to(0.5, 1.0), to(0.38, 1.12)], MOTORCYCLE, chrome, scene.pixels(0.07, z),
-                 z=z)
+    scene.stroke([to(0.7, 0.33), to(0.5, 1.0), to(0.38, 1.12)], MOTORCYCLE, chrome, scene.pixels(0.07, z), z=z)
     scene.fill(_disc(to, 0.58, 0.9, 0.1), MOTORCYCLE, rgb(235, 232, 210), grain=0.0, z=z)
     if rider:
         _rider(scene, to, z, seat=0.85)
@@ -718,8 +751,15 @@ def _vehicle(scene: Scene, kind: Vehicle, x: float, z: float, *, across: bool) -
 
 
 def _shadow(scene: Scene, x0: float, x1: float, z0: float, z1: float) -> None:
-    scene.shade([scene.at(x0 - 0.2, 0, z0 - 0.2), scene.at(x1 + 0.2, 0, z0 - 0.2), scene.at(x1 + 0.2, 0, z1),
-                 scene.at(x0 - 0.2, 0, z1)], 0.5)
+    scene.shade(
+        [
+            scene.at(x0 - 0.2, 0, z0 - 0.2),
+            scene.at(x1 + 0.2, 0, z0 - 0.2),
+            scene.at(x1 + 0.2, 0, z1),
+            scene.at(x0 - 0.2, 0, z1),
+        ],
+        0.5,
+    )
 
 
 def _long_side(scene: Scene, kind: Vehicle, to: Mapper, body: Array, z: float) -> None:
@@ -732,16 +772,14 @@ def _long_side(scene: Scene, kind: Vehicle, to: Mapper, body: Array, z: float) -
         scene.fill([to(*p) for p in points], label, colour, grain=grain, z=z)
 
     if label == CAR:
-        fill([(0, 0.25), (0, 0.85), (0.5, 0.95), (1.0, top), (2.6, top), (3.3, 0.95), (4.15, 0.8),
-              (4.2, 0.25)], body)
+        fill([(0, 0.25), (0, 0.85), (0.5, 0.95), (1.0, top), (2.6, top), (3.3, 0.95), (4.15, 0.8), (4.2, 0.25)], body)
         fill([(0.75, 0.95), (1.1, top - 0.1), (1.8, top - 0.1), (1.8, 0.95)], pane)
         fill([(1.9, 0.95), (1.9, top - 0.1), (2.55, top - 0.1), (3.05, 0.95)], pane)
     elif label == TRUCK:
         fill([(0, 0.7), (0, top), (length - 2.3, top), (length - 2.3, 0.7)], body)
         fill([(0, 0.45), (0, 0.75), (length, 0.75), (length, 0.45)], dark)
         cab = body if rng.random() < 0.3 else scene.choose(PAINT)
-        fill([(length - 2.1, 0.4), (length - 2.1, 2.7), (length - 0.4, 2.7), (length, 1.5), (length, 0.4)],
-             cab)
+        fill([(length - 2.1, 0.4), (length - 2.1, 2.7), (length - 0.4, 2.7), (length, 1.5), (length, 0.4)], cab)
         fill([(length - 1.5, 1.5), (length - 1.5, 2.4), (length - 0.5, 2.4), (length - 0.2, 1.5)], pane)
         wheels = (0.9, 2.1, length - 1.1)
     elif label == BUS:
@@ -751,8 +789,7 @@ def _long_side(scene: Scene, kind: Vehicle, to: Mapper, body: Array, z: float) -
         fill([(length - 1.4, 0.4), (length - 1.4, 2.5), (length - 0.5, 2.5), (length - 0.5, 0.4)], pane * 1.3)
         wheels = (2.4, length - 2.6)
     else:
-        fill([(0.3, 0.25), (0, 1.2), (0.5, top), (length - 0.5, top), (length, 1.2), (length - 0.3, 0.25)],
-             body)
+        fill([(0.3, 0.25), (0, 1.2), (0.5, top), (length - 0.5, top), (length, 1.2), (length - 0.3, 0.25)], body)
         fill([(0.5, 1.6), (0.6, 2.7), (length - 0.6, 2.7), (length - 0.5, 1.6)], pane)
         fill([(0.2, 0.25), (0.1, 0.8), (length - 0.1, 0.8), (length - 0.2, 0.25)], body * 0.55)
         for s in np.arange(2.0, length, 3.0):
@@ -774,8 +811,9 @@ def _circle(s: float, y: float, r: float) -> Points:
 def _wires(scene: Scene, to: Mapper, s: float, top: float, label: int, z: float) -> None:
     """Paint a tram's pantograph."""
     colour = rgb(40, 40, 44)
-    scene.stroke([to(s - 0.6, top), to(s, top + 0.6), to(s + 0.6, top + 1.1)], label, colour,
-                 scene.pixels(0.08, z), z=z)
+    scene.stroke(
+        [to(s - 0.6, top), to(s, top + 0.6), to(s + 0.6, top + 1.1)], label, colour, scene.pixels(0.08, z), z=z
+    )
 
 
 def _end(scene: Scene, kind: Vehicle, left: float, z: float, body: Array) -> None:
@@ -793,22 +831,24 @@ def _end(scene: Scene, kind: Vehicle, left: float, z: float, body: Array) -> Non
     if label == CAR:
         fill([(0.22, 0.8), (0.38, top), (width - 0.38, top), (width - 0.22, 0.8)], body * 0.9)
         fill([(0.32, 0.92), (0.44, top - 0.1), (width - 0.44, top - 0.1), (width - 0.32, 0.92)], pane)
-        fill([(0.0, 0.25), (0.0, 0.75), (0.12, 0.92), (width - 0.12, 0.92), (width, 0.75), (width, 0.25)],
-             body)
-        fill([(0.6, 0.42), (0.6, 0.55), (width - 0.6, 0.55), (width - 0.6, 0.42)],
-             rgb(215, 215, 205))
+        fill([(0.0, 0.25), (0.0, 0.75), (0.12, 0.92), (width - 0.12, 0.92), (width, 0.75), (width, 0.25)], body)
+        fill([(0.6, 0.42), (0.6, 0.55), (width - 0.6, 0.55), (width - 0.6, 0.42)], rgb(215, 215, 205))
         for s in (0.05, width - 0.4):
             fill([(s, 0.62), (s, 0.8), (s + 0.35, 0.8), (s + 0.35, 0.62)], lamp)
         return
     fill([(0, 0.35), (0, top), (width, top), (width, 0.35)], body)
     if label == TRUCK:
-        fill([(width / 2, 0.8), (width / 2, top - 0.15), (width / 2 + 0.06, top - 0.15),
-              (width / 2 + 0.06, 0.8)], body * 0.5)
+        fill(
+            [(width / 2, 0.8), (width / 2, top - 0.15), (width / 2 + 0.06, top - 0.15), (width / 2 + 0.06, 0.8)],
+            body * 0.5,
+        )
         fill([(0, 0.35), (0, 0.75), (width, 0.75), (width, 0.35)], dark)
     elif label == BUS:
         fill([(0.15, 1.3), (0.15, 2.55), (width - 0.15, 2.55), (width - 0.15, 1.3)], pane)
-        fill([(0.5, 2.65), (0.5, 2.95), (width - 0.5, 2.95), (width - 0.5, 2.65)],
-             rgb(230, 160, 40) * rng.uniform(0.3, 1))
+        fill(
+            [(0.5, 2.65), (0.5, 2.95), (width - 0.5, 2.95), (width - 0.5, 2.65)],
+            rgb(230, 160, 40) * rng.uniform(0.3, 1),
+        )
     else:
         fill([(0.3, 1.4), (0.45, 2.8), (width - 0.45, 2.8), (width - 0.3, 1.4)], pane)
         fill([(0, 0.35), (0, 0.9), (width, 0.9), (width, 0.35)], body * 0.55)
@@ -822,8 +862,7 @@ def _bonnet(scene: Scene) -> None:
     rng, width, height = scene.rng, scene.width, scene.height
     if rng.random() < 0.6:
         rise = rng.uniform(0.03, 0.11) * height
-        bonnet = _oval(width * rng.uniform(0.42, 0.58), height + rise * 0.2, width * rng.uniform(0.45, 0.7),
-                       rise, 40)
+        bonnet = _oval(width * rng.uniform(0.42, 0.58), height + rise * 0.2, width * rng.uniform(0.45, 0.7), rise, 40)
         scene.fill(bonnet, EGO, scene.choose(PAINT[3:5] + GREY[:1]), grain=0.03)
     if rng.random() < 0.4:
         frame = int(rng.integers(1, 3)) * SUPERSAMPLING

@@ -174,9 +174,7 @@ def _peak_bytes(model: BenchmarkModel, params: BenchmarkParams, device: str, thr
     small.backward()
     before = _process_peak()
     trainee = Trainee(model, params, device)
-    trainee.step(
-        images=2
-    )  # makes the optimiser's state, which a first step of its own would add only at its end
+    trainee.step(images=2)  # makes the optimiser's state, which a first step of its own would add only at its end
     trainee.step()
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)

@@ -85,17 +85,13 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
     """Trace the solvers on ``params.model`` and write ``results/convergence/<dataset>/``."""
     trained = load(dataset, params.model, machine)
     if not isinstance(trained.network, Network):
-        raise DataError(
-            f"convergence.{dataset}.model: {params.model} is an explicit model, it has no equilibrium"
-        )
+        raise DataError(f"convergence.{dataset}.model: {params.model} is an explicit model, it has no equilibrium")
     out = Path("results/convergence") / dataset
     out.mkdir(parents=True, exist_ok=True)
     with tracking.start("convergence", dataset, params, machine) as tracker:
         trained.announce(dataset, tracker)
         began = time.perf_counter()
-        table = measure(
-            trained.network.backbone, trained.split, params, machine.device, f"convergence {dataset}"
-        )
+        table = measure(trained.network.backbone, trained.split, params, machine.device, f"convergence {dataset}")
         values = summarise(table) | {"time/seconds": time.perf_counter() - began}
         table.to_csv(out / "trace.csv", index=False, float_format="%.6g")
         title = f"{params.model}, {dataset} ({trained.facts['data/source']} data)"
@@ -110,9 +106,7 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
         _log_curves(table, tracker)
 
 
-def measure(
-    backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, device: str, label: str
-) -> pd.DataFrame:
+def measure(backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, device: str, label: str) -> pd.DataFrame:
     """The tidy table of trace.csv: solver, batch, evaluation, change, residual."""
     drawn = _random_batches(split, params.batches, params.batch, params.seed)
     parts = []
@@ -157,9 +151,7 @@ def _log_curves(table: pd.DataFrame, tracker: tracking.Tracker) -> None:
 def _random_batches(split: BatchDataset, count: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Images of ``count`` random batches without a sample twice; a function of the seed."""
     if count * batch > len(split):
-        raise DataError(
-            f"convergence: {count} batches of {batch} need more samples than the split's {len(split)}"
-        )
+        raise DataError(f"convergence: {count} batches of {batch} need more samples than the split's {len(split)}")
     order = np.random.default_rng(seed).permutation(len(split))
     for number in range(count):
         yield split[Keys(0, order[number * batch : (number + 1) * batch].tolist())][0]

@@ -94,9 +94,7 @@ def run(dataset: str, model: str, params: EvaluateParams, machine: Machine) -> N
             tracker.artifact(out / name)
 
 
-def evaluate(
-    trained: Trained, batch: int, machine: Machine, label: str
-) -> tuple[dict[str, float], ConfusionMatrix]:
+def evaluate(trained: Trained, batch: int, machine: Machine, label: str) -> tuple[dict[str, float], ConfusionMatrix]:
     """Measures of the split and of its solves, and its confusion matrix; ``label`` names the progress bar."""
     split = trained.split
     topk, matrix, solves = TopK(split.classes), ConfusionMatrix(split.classes), SolverStatistics()
@@ -150,9 +148,7 @@ def examples(trained: Trained, count: int, machine: Machine, title: str) -> Figu
 
 def progress_bar() -> Progress:
     """A bar with the number of batches and the time that is left."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def _write_confusion(path: Path, counts: np.ndarray, names: tuple[str, ...]) -> None:

@@ -73,8 +73,7 @@ class PixelMetric(ConfusionMatrix):
 def load_backbone(network: nn.Module, path: Path) -> None:
     """Gives `network` the backbone of the model at `path`: the same MDEQ under another head (Sec. 3.2)."""
     pretrained, _, _ = checkpoints.load_model(path)
-    state = pretrained.backbone.state_dict()
     try:
-        network.backbone.load_state_dict(state)
-    except RuntimeError as error:
+        network.get_submodule("backbone").load_state_dict(pretrained.get_submodule("backbone").state_dict())
+    except (AttributeError, RuntimeError) as error:
         raise checkpoints.CheckpointError(f"{path}: its backbone does not fit this model: {error}") from error

@@ -116,9 +116,7 @@ def _stamp(path: str) -> tuple[int, int]:
 
 def _fingerprint(name: str, params: PrepareParams, root: Path) -> str:
     """Return what else the outputs depend on: the source, its place, and the code that reads it."""
-    code = code_digest(
-        [__file__, manifest.__file__, sheet.__file__, getattr(format_of(name), "__file__", None)]
-    )
+    code = code_digest([__file__, manifest.__file__, sheet.__file__, getattr(format_of(name), "__file__", None)])
     return checksum(json.dumps([params.model_dump_json(), str(root.resolve()), code]).encode())
 
 
@@ -129,9 +127,7 @@ def _is_current(kept: Path, seen: str) -> bool:
         return False
 
 
-def _rows(
-    form: Format, root: Path, found: list[Found], stamps: list, kept: Path, machine: Machine
-) -> list[Row]:
+def _rows(form: Format, root: Path, found: list[Found], stamps: list, kept: Path, machine: Machine) -> list[Row]:
     """Read what is new or has another size or time than when it was last read, in threads.
 
     What was read is kept also when a file is found broken: once it is mended, the rest is not read again.
@@ -173,17 +169,14 @@ def _keep(kept: Path, seen: str, rows: list[Row], name: str, source: str, root: 
     summary = {
         "set": name,
         "source": source,
-        "classes": len(next(iter(counts.values())))
-        - (name == "cityscapes"),  # which counts what is ignored too
+        "classes": len(next(iter(counts.values()))) - (name == "cityscapes"),  # which counts what is ignored too
         "images": {split: _images(rows, split) for split in counts},
         "bytes": sum(int(row[key]) for row in rows for key in ("bytes", "label_bytes") if key in row),
         "manifest": checksum((kept / "manifest.csv").read_bytes()),
         "pixels" if name == "cityscapes" else "counts": counts,
     }
     (kept / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _sheet(name, summary, form.samples(root, rows, 8 if name == "cifar10" else 6)).save(
-        kept / "contact_sheet.png"
-    )
+    _sheet(name, summary, form.samples(root, rows, 8 if name == "cifar10" else 6)).save(kept / "contact_sheet.png")
     (kept / "seen.json").write_text(json.dumps(seen))
     return summary
 
@@ -198,9 +191,7 @@ def _images(rows: list[Row], split: str) -> int:
 
 
 def _sheet(name: str, summary: dict, samples: Samples) -> Image.Image:
-    note = (
-        f"{summary['source']} · {_sizes(summary)} · {summary['classes']} classes · {summary['manifest'][:12]}"
-    )
+    note = f"{summary['source']} · {_sizes(summary)} · {summary['classes']} classes · {summary['manifest'][:12]}"
     match name:
         case "cifar10":
             return sheet.contact_sheet("CIFAR-10", note, samples, cell=(64, 64), across=16)

@@ -98,9 +98,7 @@ def _pictures(results: Results) -> Iterator[Drawn]:
         yield Drawn("figure5", figures.figure5(traces), f"{FIGURE_5}. With it the residual. Ours: {data}.")
     for (stage, model), table in results.history.items():
         figure = figures.training_curves(table, f"{stage}/{model}")
-        yield Drawn(
-            f"curves-{stage}-{model}", figure, f"{stage}/{model}: training loss and validation by epoch."
-        )
+        yield Drawn(f"curves-{stage}-{model}", figure, f"{stage}/{model}: training loss and validation by epoch.")
 
 
 # ---- Markdown
@@ -129,13 +127,9 @@ def _markdown_table(table: Table, rows: Sequence[Line]) -> Iterator[str]:
         system = line.row.system + (f" ({line.row.group})" if line.row.group else "")
         where = line.note if line.status == "measured" else f"{line.status}: {line.note}"
         if line.status == "measured":
-            where += f"; {line.device}; seed {line.seeds}; {line.scale}; commit {line.commit}".replace(
-                "; ;", ";"
-            )
+            where += f"; {line.device}; seed {line.seeds}; {line.scale}; commit {line.commit}".replace("; ;", ";")
         paper, ours = (" / ".join(filter(None, values)) or "–" for values in (line.paper, line.ours))
-        yield f"| {system} | {line.row.size or line.size or '–'} | {paper} | {ours} | {where} |".replace(
-            "*", r"\*"
-        )
+        yield f"| {system} | {line.row.size or line.size or '–'} | {paper} | {ours} | {where} |".replace("*", r"\*")
     yield ""
 
 
