@@ -80,7 +80,7 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits (B, classes) or (B, classes, H_1, W_1), and the equilibrium they were read from (explicit models: None)."""
+    """Logits (B, classes) or (B, classes, H_1, W_1), and the equilibrium they came from (explicit models: None)."""
 
     logits: Tensor
     equilibrium: Equilibrium | None
@@ -153,9 +153,8 @@ class MDEQ(nn.Module):
         """f on the flat state for this batch, the starting point z = 0 (B, D), and the shapes that split a state."""
         x = self.inject(image)
         scales = Scales.of(self.config.channels, *x.shape[-2:])
-        z0 = scales.zeros(
-            len(x), like=self.stem[0].weight.detach()
-        )  # autocast may have x in half precision, a state never is
+        # like the weights, not like x: autocast may have x in half precision, a state never is
+        z0 = scales.zeros(len(x), like=next(self.parameters()).detach())
         return self.f.bind(x, scales, softplus), z0, scales
 
     def inject(self, image: Tensor) -> Tensor:
