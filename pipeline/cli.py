@@ -91,7 +91,7 @@ def classify(model: Model, device: Device = None, workers: Workers = None, param
 def pretrain(model: Model, device: Device = None, workers: Workers = None, params: Params = PARAMS) -> None:
     """Train a model on ImageNet (Table 2). Interrupted, the same command goes on.
 
-    Example: `torchrun --nproc-per-node 4 -m pipeline pretrain mdeq-small`
+    Example: `python -m pipeline pretrain mdeq-small --device cuda:1`
     """
     with _reported():
         section, machine = _begin("pretrain", model, device, workers, params)

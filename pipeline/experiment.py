@@ -98,8 +98,8 @@ def run(
                 )
             facts = {"stage": stage, "model": name, "seed": seed, "classes": architecture.classes}
             meta = {**facts, "run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
-            file = "model.pt" if seed == params.seeds[0] else f"model-seed-{seed}.pt"
-            save_model(out / file, architecture, model, meta)
+            if seed == params.seeds[0]:
+                save_model(out / "model.pt", architecture, model, meta)
         metrics = _metrics(histories, sum(p.numel() for p in model.parameters()), machine)
         facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
         setting = {"seeds": params.seeds, "batch": params.batch, "epochs": params.epochs, "run": tracker.run_id}
