@@ -160,15 +160,8 @@ class Anderson:
         values = z0.new_empty(batch, self.memory, dim)
         residuals = z0.new_empty(batch, self.memory, dim)
         gram = z0.new_zeros(batch, self.memory, self.memory)
-        track = _Track(z0, self.tolerance, self.stop, scale)
-        z, best = z0, z0.clone()
-        for k in range(self.steps + 1):
-            fz = f(z)
-            g = fz - z
-            better = track.record(g, fz)
-            best = torch.where(better[:, None], z, best)
-            if k == self.steps or track.all_stopped(k, self.check_every):
-                break
+
+        def advance(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
             slot, kept = k % self.memory, min(k + 1, self.memory)
             values[:, slot], residuals[:, slot] = fz, g
             row = torch.bmm(g[:, None], residuals[:, :kept].transpose(1, 2))[:, 0]
@@ -177,8 +170,9 @@ class Anderson:
             mixed = torch.bmm(weights, values[:, :kept])[:, 0]
             if self.mixing != 1:
                 mixed -= (1 - self.mixing) * torch.bmm(weights, residuals[:, :kept])[:, 0]
-            z = torch.where(track.active[:, None], mixed, z)
-        return track.solution(best)
+            return mixed
+
+        return _iterate(self, f, z0, scale, advance)
 
     def _weights(self, gram: Tensor, newest: int) -> Tensor:
         """(B, m) weights of sum 1; the newest iterate alone where the system has no finite solution."""
@@ -212,17 +206,27 @@ class FixedPoint:
     kind: Literal["fixed_point"] = "fixed_point"
 
     def __call__(self, f: Map, z0: Tensor, scale: Tensor | None = None) -> Solution:
-        track = _Track(z0, self.tolerance, self.stop, scale)
-        z, best = z0, z0.clone()
-        for k in range(self.steps + 1):
-            fz = f(z)
-            g = fz - z
-            better = track.record(g, fz)
-            best = torch.where(better[:, None], z, best)
-            if k == self.steps or track.all_stopped(k, self.check_every):
-                break
-            z = torch.where(track.active[:, None], torch.add(z, g, alpha=self.damping), z)
-        return track.solution(best)
+        return _iterate(self, f, z0, scale, lambda k, z, fz, g: torch.add(z, g, alpha=self.damping))
+
+
+def _iterate(
+    solver: Anderson | FixedPoint,
+    f: Map,
+    z0: Tensor,
+    scale: Tensor | None,
+    advance: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> Solution:
+    """The loop of the solvers that go from (k, z, f(z), f(z) - z) to the next z, keeping a copy of the best."""
+    track = _Track(z0, solver.tolerance, solver.stop, scale)
+    z, best = z0, z0.clone()
+    for k in range(solver.steps + 1):
+        fz = f(z)
+        g = fz - z
+        best = torch.where(track.record(g, fz)[:, None], z, best)
+        if k == solver.steps or track.all_stopped(k, solver.check_every):
+            break
+        z = torch.where(track.active[:, None], advance(k, z, fz, g), z)
+    return track.solution(best)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def train(
         TrainingError: if the loss is not finite.
     """
     model.to(device)
-    optimizer = _optimizer(model, recipe.optimizer)
+    optimizer = make_optimizer(model, recipe.optimizer)
     state = _State()
     saved = store.load()
     if saved is not None:
@@ -350,7 +350,8 @@ def _validate(
     return row
 
 
-def _optimizer(model: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimizer:
+    """The optimiser that the settings describe, over all of the model's parameters."""
     if isinstance(settings, Adam):
         return torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(

@@ -31,7 +31,7 @@ from mdeq.baselines import NarrowResNet18, ResNetConfig
 from pipeline import figures, tracking
 from pipeline.machine import Machine
 from pipeline.train_params import BenchmarkModel, BenchmarkParams
-from pipeline.training import Adam, Sgd
+from pipeline.training import make_optimizer
 
 CLASSES = 10
 OUT = Path("results/benchmark")
@@ -109,7 +109,7 @@ class Trainee:
     def __init__(self, model: BenchmarkModel, params: BenchmarkParams, device: str) -> None:
         self.network = build(model, params.seed).to(device)
         self.facts = {"parameters": sum(p.numel() for p in self.network.parameters())}
-        self._optimizer = _optimizer(self.network, model.optimizer)
+        self._optimizer = make_optimizer(self.network, model.optimizer)
         self._images, self._targets = _batch(params, device)
         self._device = device
         if isinstance(self.network, Network):
@@ -129,18 +129,6 @@ class Trainee:
 
     def _note_backward(self, solution: Solution) -> None:
         self.facts["backward_evaluations"] = solution.nfe
-
-
-def _optimizer(network: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimizer:
-    if isinstance(settings, Adam):
-        return torch.optim.Adam(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        network.parameters(),
-        settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-    )
 
 
 def measure_time(
