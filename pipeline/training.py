@@ -188,7 +188,7 @@ def train(
         last_save = time.monotonic()
         for images, targets in loader:
             set_lr(optimizer, cosine(recipe.optimizer.lr, state.step, total))
-            torch.manual_seed(seed * 2_147_483_659 + state.step)
+            torch.manual_seed((seed * 2_147_483_659 + state.step) % 2**63)
             values = _update(model, optimizer, images.to(device), targets.to(device), task.loss, recipe, state.step)
             if not math.isfinite(values["loss/train"]):
                 raise TrainingError(_not_finite(state, values))
@@ -239,7 +239,7 @@ def evaluate(
     loader = batches(dataset, batch, seed=0, epoch=0, shuffle=False, workers=workers)
     with torch.inference_mode():
         for done, (images, targets) in enumerate(loader, 1):
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
                 prediction = predict(model, images.to(device), unroll_steps)
             metric.update(prediction.logits.float(), targets.to(device))
             solution = prediction.equilibrium.solution if prediction.equilibrium else None
