@@ -84,12 +84,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between data sets: the data, the loss, and a fresh metric for each validation."""
+    """What differs between data sets: the data, the loss, and a fresh metric for each validation.
+
+    `validation_batch` is how many samples are validated at once, None for as many as an update takes; no result depends
+    on it, but whole street scenes need more room than the crops trained on.
+    """
 
     train: BatchDataset
     validation: BatchDataset
     loss: Loss
     metric: Callable[[], Metric]
+    validation_batch: int | None = None
 
 
 class Metric(Protocol):
@@ -336,7 +341,7 @@ def _validate(
             model,
             task.validation,
             task.metric(),
-            batch=recipe.batch,
+            batch=task.validation_batch or recipe.batch,
             device=device,
             workers=workers,
             precision=recipe.precision,

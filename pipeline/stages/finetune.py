@@ -47,7 +47,7 @@ def run(model: str, params: FinetuneParams, machine: Machine) -> None:
         manifest = folder / "manifest.csv"
         train = open_cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment, seed=seed)
         val = open_cityscapes(root, manifest, "val", test_size=params.test_size, augment=False, seed=seed)
-        return Task(train, val, loss, lambda: PixelMetric(train.classes))
+        return Task(train, val, loss, lambda: PixelMetric(train.classes), validation_batch=1)
 
     backbone = Path("results/pretrain", params.backbone, "model.pt") if params.backbone else None
     experiment.run(
