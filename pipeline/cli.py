@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 Environment: MDEQ_DATA_CIFAR10, MDEQ_DATA_IMAGENET, MDEQ_DATA_CITYSCAPES (where a set's files lie),
 MDEQ_DEVICE, MDEQ_WORKERS, MDEQ_THREADS (torch's CPU threads), MDEQ_TRACKING=off (no MLflow),
-MLFLOW_TRACKING_URI (default: mlflow.db here), MLFLOW_EXPERIMENT_NAME (default: mdeq).
+MLFLOW_TRACKING_URI (default: mlflow.db here), MLFLOW_EXPERIMENT_NAME (default: mdeq-<scale>).
 
 Exit codes: 0 done, 2 wrong params, data or usage, 130 interrupted;
 the same command then goes on where it was.
@@ -255,13 +255,15 @@ def difficulty(dataset: Set, device: Device = None, workers: Workers = None) -> 
 
 
 @app.command(rich_help_panel="Around them")
-def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 5000) -> None:
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 5000, path: Params = PARAMS
+) -> None:
     """Show the recorded runs in the browser (MLflow), for this machine alone."""
     with _reported():
-        from pipeline import tracking
+        from pipeline import params, tracking
         from pipeline.machine import Machine
 
-        machine = Machine.from_environment(device="cpu")
+        machine = Machine.from_environment(device="cpu", scale=params.scale(path))
         if machine.tracking_uri is None:
             _fail("MDEQ_TRACKING=off: there are no runs to show")
         raise typer.Exit(tracking.serve(machine, port))
@@ -278,7 +280,7 @@ def _begin(stage: str, instance: str | None, device: str | None, workers: int | 
     from pipeline import params
     from pipeline.machine import Machine
 
-    machine = Machine.from_environment("cpu" if stage == "prepare" else device, workers)
+    machine = Machine.from_environment("cpu" if stage == "prepare" else device, workers, scale=params.scale(path))
     params.check(path, _stamp(machine))
     return params.load(stage, instance, path), machine
 

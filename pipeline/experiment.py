@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipeline.checkpoints import Architecture, RunState, save_model
+from pipeline.checkpoints import Architecture, CheckpointError, RunState, checksum, load_model, save_model
 from pipeline.training import Recipe, Row, Task, TrainingError, train
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ def run(
     *,
     dataset: str,
     task: Callable[[int], Task],
-    before: Callable[[nn.Module], None] = lambda model: None,
-    depends: dict[str, str] | None = None,
+    backbone: Path | None = None,
 ) -> None:
     """Trains one model of a stage, once a seed, and writes its results.
 
@@ -47,8 +45,7 @@ def run(
         machine: Where it runs.
         dataset: The set trained on, whose summary names source and digest.
         task: The data, loss and metric for a seed.
-        before: Does to a fresh model what must be done before training (loads a backbone).
-        depends: Further facts that the result depends on, part of the state's identity.
+        backbone: The model whose backbone a fresh model begins with; None for none.
 
     Raises:
         TrainingError: if the warm-up is not shorter than the run, or the loss is not finite.
@@ -67,7 +64,7 @@ def run(
         "params": params.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"}),
         "data": summary["manifest"],
         "torch": torch.__version__,
-        **(depends or {}),
+        **({"backbone": checksum(backbone)} if backbone else {}),
     }
     work = machine.root / "work" / f"{stage}-{name}"
     states = {seed: RunState(work, identity, f"seed-{seed}") for seed in params.seeds}
@@ -83,7 +80,8 @@ def run(
         for seed in params.seeds:
             torch.manual_seed(seed)
             model = architecture.build()
-            before(model)
+            if backbone is not None:
+                tracker.tag("builds_on", load_backbone(model, backbone) or "unknown")
             prefix = f"seed-{seed}/" if len(params.seeds) > 1 else ""
             with Progress(f"{stage} {name} seed {seed}", tracker, prefix) as progress:
                 histories[seed] = train(
@@ -100,15 +98,32 @@ def run(
             meta = {**facts, "run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
             if seed == params.seeds[0]:
                 save_model(out / "model.pt", architecture, model, meta)
-        metrics = _metrics(histories, sum(p.numel() for p in model.parameters()), machine)
+        metrics = _metrics(histories, sum(p.numel() for p in model.parameters()))
         facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
         setting = {"seeds": params.seeds, "batch": params.batch, "epochs": params.epochs, "run": tracker.run_id}
         _write(out, histories, {**metrics, **facts, **setting})
         last = max(row["step"] for rows in histories.values() for row in rows)
         tracker.metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step=int(last))
-        for file in ("metrics.json", "history.csv", "curves.png"):
+        for file in ("metrics.json", "history.csv", "curves.png", "model.pt"):
             tracker.artifact(out / file)
     states[params.seeds[0]].delete()
+
+
+def load_backbone(network: nn.Module, path: Path) -> str | None:
+    """Gives `network` the backbone of the model at `path`, the same MDEQ under another head (Sec. 3.2).
+
+    Returns:
+        The id of the tracked run that made that model.
+
+    Raises:
+        CheckpointError: if it does not fit.
+    """
+    pretrained, _, meta = load_model(path)
+    try:
+        network.get_submodule("backbone").load_state_dict(pretrained.get_submodule("backbone").state_dict())
+    except (AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its backbone does not fit this model: {error}") from error
+    return meta["run_id"]
 
 
 class _Store:
@@ -149,10 +164,10 @@ def _check_warm_up(stage: str, name: str, recipe: Recipe, samples: int) -> None:
         )
 
 
-def _metrics(histories: dict[int, list[Row]], parameters: int, machine: Machine) -> Row:
+def _metrics(histories: dict[int, list[Row]], parameters: int) -> Row:
     """The last epoch's figures, their mean over the seeds; with several seeds their deviation too, as <name>_std."""
     rows = [rows[-1] for rows in histories.values()]
-    metrics: Row = {"parameters": float(parameters), "memory/peak_bytes": _peak_memory(machine.device)}
+    metrics: Row = {"parameters": float(parameters)}
     for name in rows[0]:
         if name in ("epoch", "step"):
             continue
@@ -161,14 +176,6 @@ def _metrics(histories: dict[int, list[Row]], parameters: int, machine: Machine)
         if len(values) > 1:
             metrics[f"{name}_std"] = statistics.stdev(values)
     return metrics
-
-
-def _peak_memory(device: str) -> float:
-    """Bytes: of the GPU's tensors, or of the process."""
-    if device.startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _write(out: Path, histories: dict[int, list[Row]], metrics: dict[str, Any]) -> None:

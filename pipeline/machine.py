@@ -34,6 +34,7 @@ class Machine:
         workers: Loader processes; 0 loads in the training process.
         threads: torch's CPU threads; None leaves torch's own choice.
         tracking_uri: The MLflow store; None switches tracking off.
+        experiment: The MLflow experiment that runs join: MLFLOW_EXPERIMENT_NAME, or one for each scale of params.
         data_roots: The sets whose data lie elsewhere, by MDEQ_DATA_<SET>.
     """
 
@@ -42,11 +43,16 @@ class Machine:
     workers: int = 0
     threads: int | None = None
     tracking_uri: str | None = None
+    experiment: str = "mdeq"
     data_roots: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
     def from_environment(
-        cls, device: str | None = None, workers: int | None = None, environ: Mapping[str, str] = os.environ
+        cls,
+        device: str | None = None,
+        workers: int | None = None,
+        environ: Mapping[str, str] = os.environ,
+        scale: str | None = None,
     ) -> Machine:
         """The machine as options (which win) and environment say; `device="cpu"` spares torch's import.
 
@@ -63,6 +69,7 @@ class Machine:
             workers=workers,
             threads=threads,
             tracking_uri=_tracking_uri(root, environ),
+            experiment=environ.get("MLFLOW_EXPERIMENT_NAME") or (f"mdeq-{scale}" if scale else "mdeq"),
             data_roots=_data_roots(environ),
         )
 

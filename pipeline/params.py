@@ -192,6 +192,12 @@ def load(stage: str, instance: str | None = None, path: str | Path = FILE) -> Se
     return section
 
 
+def scale(path: str | Path = FILE) -> str:
+    """What the file calls its scale; "unnamed" where `check` will say what is wrong with that."""
+    name = _read(Path(path)).get("scale")
+    return name if isinstance(name, str) else "unnamed"
+
+
 def instances(stage: str, path: str | Path = FILE) -> list[str]:
     """The names in a stage's section."""
     return list(_read(Path(path))[stage])

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from pydantic import BaseModel
 
-EXPERIMENT = "mdeq"
 PARAMS_A_BATCH, METRICS_A_BATCH, TAG_LENGTH = (
     100,
     1000,
@@ -257,7 +256,7 @@ def open_store(machine: Machine) -> tuple[MlflowClient, str]:
     uri = machine.tracking_uri
     assert uri is not None, "tracking is off"
     local = uri.startswith("sqlite:///")
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    name = machine.experiment
     # two processes that create one sqlite store at once break it, and two that create one experiment collide
     lock = FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
     with lock:

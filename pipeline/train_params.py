@@ -247,6 +247,9 @@ class Convergence(Section):
 class Params(Section):
     """params.yaml: one section a stage, one entry an instance."""
 
+    scale: Name = Field(
+        description="of the whole file: demo, paper, ...; names the MLflow experiment, changes no result"
+    )
     prepare: Prepare
     classify: dict[Name, ClassifyParams]
     pretrain: dict[Name, PretrainParams]

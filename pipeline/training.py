@@ -7,6 +7,8 @@ a run that is interrupted and resumed ends with the very weights of one that was
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -209,7 +211,11 @@ def train(
         save()
         row = _validate(model, task, recipe, state, device, workers, observer)
         seconds = state.seconds + clock.lap()
-        row |= {"loss/train_epoch": state.loss_sum / updates, "lr": optimizer.param_groups[0]["lr"]}
+        row |= {
+            "loss/train_epoch": state.loss_sum / updates,
+            "lr": optimizer.param_groups[0]["lr"],
+            **peak_memory(device),
+        }
         state = _State(
             epoch=epoch + 1,
             step=state.step,
@@ -271,6 +277,15 @@ def predict(model: nn.Module, images: Tensor, unroll_steps: int | None = None, j
     return model(images)
 
 
+def peak_memory(device: str) -> Row:
+    """Bytes at most in use so far: by the process, and by torch on its GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    row = {"memory/peak_process_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if device.startswith("cuda"):
+        row["memory/peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated(device))
+    return row
+
+
 def cosine(lr: float, step: int, total: int) -> float:
     """The learning rate of update `step` of `total`: a half cosine from `lr` to `FINAL_LR`."""
     return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * step / total)) / 2
@@ -326,8 +341,10 @@ def _update(
     if solution is not None:
         values["solver/forward_residual"] = float(solution.relative.mean())
         values["solver/nfe"] = float(solution.nfe)
+        values["solver/converged"] = float(solution.converged.float().mean())
     if adjoint:
         values["solver/backward_residual"] = float(adjoint[-1].relative.mean())
+        values["solver/backward_nfe"] = float(adjoint[-1].nfe)
     return values
 
 

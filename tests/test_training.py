@@ -104,7 +104,7 @@ def run(store, watcher, recipe=RECIPE, workers=0):
 
 
 def untimed(row):
-    return {name: value for name, value in row.items() if not name.startswith("time/")}
+    return {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 4, 7])

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdeq.heads import resize
 from mdeq.losses import HardExamples, segmentation_loss
-from pipeline import checkpoints, experiment
+from pipeline import experiment
 from pipeline.data.cityscapes import open_cityscapes
 from pipeline.data.manifest import data_root
 from pipeline.metrics import ConfusionMatrix
@@ -57,8 +57,7 @@ def run(model: str, params: FinetuneParams, machine: Machine) -> None:
         machine,
         dataset="cityscapes",
         task=task,
-        before=lambda network: load_backbone(network, backbone) if backbone else None,
-        depends={"backbone": checkpoints.checksum(backbone)} if backbone else {},
+        backbone=backbone,
     )
 
 
@@ -68,12 +67,3 @@ class PixelMetric(ConfusionMatrix):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Adds a batch: logits (B, classes, h, w), labels (B, H, W)."""
         super().update(resize(logits, targets.shape[-2:]), targets)
-
-
-def load_backbone(network: nn.Module, path: Path) -> None:
-    """Gives `network` the backbone of the model at `path`: the same MDEQ under another head (Sec. 3.2)."""
-    pretrained, _, _ = checkpoints.load_model(path)
-    try:
-        network.get_submodule("backbone").load_state_dict(pretrained.get_submodule("backbone").state_dict())
-    except (AttributeError, RuntimeError) as error:
-        raise checkpoints.CheckpointError(f"{path}: its backbone does not fit this model: {error}") from error
