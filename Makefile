@@ -35,7 +35,7 @@ test: $(STAMP)  ## Run the tests
 	@python -m pytest $(ARGS)
 
 lint: $(STAMP)  ## Style, types, Dockerfile
-	@ruff check mdeq pipeline tests
+	@ruff check mdeq pipeline tests benchmarks
 	@pyright
 	@hadolint Dockerfile
 
