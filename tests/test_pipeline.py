@@ -37,6 +37,8 @@ def small(params: dict) -> dict:
     params["classify"]["mdeq-small"] |= {"batch": 32, "jacobian": {"weight": 0.5, "probability": 0.5}}
     params["pretrain"]["mdeq-small"] |= {"image": 32}
     params["finetune"]["mdeq-small"] |= {"crop": [32, 64]}
+    for section in params["evaluate"].values():
+        section |= {"steps": None}  # as in training, so that both must agree
     for section in params["convergence"].values():
         section |= {"batches": 2, "batch": 1, "steps": 4}
     return params
