@@ -123,7 +123,7 @@ def load_backbone(network: nn.Module, path: Path) -> str | None:
         network.get_submodule("backbone").load_state_dict(pretrained.get_submodule("backbone").state_dict())
     except (AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: its backbone does not fit this model: {error}") from error
-    return meta["run_id"]
+    return meta.get("run_id")
 
 
 class _Store:
