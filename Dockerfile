@@ -4,10 +4,11 @@
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu -t mdeq .
 FROM python:3.11-slim-bookworm
 
-# libgl1 and libglib2.0-0: opencv-python's; git: commits on record; tini: passes signals on to the whole pipeline
+# libgl1 and libglib2.0-0: opencv-python's; libsqlite3-0: DVC's and MLflow's stores; git: commits on record;
+# tini: passes signals on to the whole pipeline
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends git libgl1 libglib2.0-0 tini \
+    && apt-get install -y --no-install-recommends git libgl1 libglib2.0-0 libsqlite3-0 tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 mdeq \
     && mkdir -p /app/data /app/results /app/work /app/mlartifacts /app/.dvc/cache /store \

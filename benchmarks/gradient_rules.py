@@ -1,0 +1,157 @@
+"""Gradient rules judged by what training with them reaches: accuracy and residual against CPU time, on CIFAR-10.
+
+    python -m benchmarks.gradient_rules train --data ~/cifar10 --rule implicit --jacobian 0.3 --budget 1500 --out runs
+    python -m benchmarks.gradient_rules draw runs/*.json --out docs/gradient_rules.svg
+
+Each run trains MDEQ-small from the same weights on the same batches for `--budget` CPU seconds of the training process,
+with Adam and a cosine over that budget. Every so often, outside the budget, the first test images are solved with
+Broyden, 17 updates (18 evaluations of f), never unrolled. A run that is stopped goes on where it last measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, Phantom
+from pipeline.data.cifar10 import BATCHES, CLASSES, FOLDER, Cifar10, images_and_labels
+from pipeline.data.loading import batches
+from pipeline.metrics import TopK
+from pipeline.training import cosine, evaluate, set_lr
+
+RULES = {
+    "phantom": Phantom(1, 1.0),
+    "phantom-5": Phantom(5, 0.5),
+    "implicit": Implicit(Gmres(8)),
+}
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """One run: trains, measures, writes its curve and the state it can go on from."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    name = f"{arguments.rule}-{arguments.jacobian:g}"
+    curve, state = arguments.out / f"{name}.json", arguments.out / f"{name}.pt"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    network = Network(
+        MDEQConfig(),
+        ClassificationHeadConfig((8, 16), 200),
+        len(CLASSES),
+        Broyden(arguments.steps),
+        RULES[arguments.rule],
+    )
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=2.5e-6)
+    spent, step, rows = 0.0, 0, []
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        spent, step, rows = saved["spent"], saved["step"], json.loads(curve.read_text())["rows"]
+    data, test = _open(arguments.data, "train"), _open(arguments.data, "test", arguments.test_images)
+    per_epoch = len(data) // arguments.batch
+    due = arguments.every * (len(rows) + 1)
+    while spent < arguments.budget:
+        network.train()
+        epoch, start = divmod(step, per_epoch)
+        loader = batches(data, arguments.batch, seed=0, epoch=epoch, shuffle=True, start=start, drop_last=True)
+        for images, targets in loader:
+            began = time.process_time()
+            torch.manual_seed(step)
+            set_lr(optimizer, cosine(1e-3, int(spent), int(arguments.budget) + 1))
+            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16):
+                penalised = arguments.jacobian > 0 and float(torch.rand(())) < 0.1
+                prediction = network(images, jacobian_probes=int(penalised))
+                loss = F.cross_entropy(prediction.logits, targets)
+            if penalised:
+                loss = loss + arguments.jacobian * prediction.equilibrium.jacobian
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            spent += time.process_time() - began
+            if spent >= min(due, arguments.budget):
+                break
+        if spent < min(due, arguments.budget):
+            continue
+        rows.append({"seconds": spent, "images": step * arguments.batch, **_measure(network, test)})
+        print(name, rows[-1], flush=True)
+        due += arguments.every
+        content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step}
+        torch.save(content, state.with_suffix(".new"))
+        settings = {k: v for k, v in vars(arguments).items() if isinstance(v, str | int | float)}
+        curve.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+        state.with_suffix(".new").replace(state)
+
+
+def _measure(network: Network, test: Cifar10) -> dict[str, float]:
+    """Accuracy and mean relative residual after 18 evaluations, in float32."""
+    solver = network.backbone.forward_solver
+    network.backbone.forward_solver = replace(solver, steps=17)
+    values = evaluate(network, test, TopK(len(CLASSES)), batch=100, device="cpu", workers=0)
+    network.backbone.forward_solver = solver
+    return {"top1": values["eval/top1"], "residual": values["solver/relative_residual"]}
+
+
+def _open(root: Path, split: str, limit: int | None = None) -> Cifar10:
+    files = [root / FOLDER / name for name, of in BATCHES.items() if of == split]
+    parts = [images_and_labels(file.read_bytes(), file) for file in files]
+    images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Cifar10(images[:limit], labels[:limit], augment=False, seed=0)
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Both figures against CPU time, a line a run."""
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    rules = list(RULES)
+    for file in arguments.curves:
+        content = json.loads(file.read_text())
+        rule, weight = content["settings"]["rule"], content["settings"]["jacobian"]
+        style = {"color": f"C{rules.index(rule)}", "linestyle": "-" if weight else "--"}
+        label = f"{rule}, Jacobian term {weight:g}" if weight else f"{rule}, no Jacobian term"
+        minutes = [row["seconds"] / 60 for row in content["rows"]]
+        top.plot(minutes, [row["top1"] for row in content["rows"]], label=label, **style)
+        bottom.semilogy(minutes, [row["residual"] for row in content["rows"]], **style)
+    top.set(xlabel="CPU minutes of training", ylabel="test accuracy, %")
+    bottom.set(xlabel="CPU minutes of training", ylabel="relative residual after 18 evaluations")
+    top.legend(frameon=False, fontsize=8)
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(arguments.out)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    training = commands.add_parser("train", help="one run")
+    training.add_argument("--data", type=Path, required=True, help=f"the folder that holds {FOLDER}")
+    training.add_argument("--rule", choices=RULES, required=True)
+    training.add_argument("--jacobian", type=float, default=0.0, help="weight of the Jacobian term, probability 0.1")
+    training.add_argument("--steps", type=int, default=5, help="updates of the forward solver, Broyden")
+    training.add_argument("--batch", type=int, default=64)
+    training.add_argument("--budget", type=float, default=1500, help="CPU seconds of training")
+    training.add_argument("--every", type=float, default=150, help="CPU seconds between two measurements")
+    training.add_argument("--test-images", type=int, default=1000)
+    training.add_argument("--threads", type=int, default=1)
+    training.add_argument("--bfloat16", action="store_true", help="f under autocast")
+    training.add_argument("--out", type=Path, required=True, help="folder for the curve and the state")
+    training.set_defaults(run=train)
+    drawing = commands.add_parser("draw", help="the picture")
+    drawing.add_argument("curves", type=Path, nargs="+")
+    drawing.add_argument("--out", type=Path, required=True)
+    drawing.set_defaults(run=draw)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
