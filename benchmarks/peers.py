@@ -1,179 +1,96 @@
 """One training step of an equilibrium model: this library beside its peers, on the same f, weights and images.
 
-    python -m benchmarks.peers --weights results/classify/mdeq-small/model.pt --batch 32 --rounds 5 --out peers.json
+    python -m benchmarks.peers --weights results/classify/mdeq-small/model.pt --data FOLDER --out peers.json
+    python -m benchmarks.peers --preset imagenet-mdeq-small --train-steps 20 --noise --only Broyden --out peers.json
 
-The columns take turns, so a slower minute of the machine hits them all; the medians and the spread are printed. `f` and
-the heads are ours in every column: what is compared is the solver and the gradient. The residuals are recomputed alike
-for all: forward by one more evaluation of f, the mean over the samples of |f(z) - z| / |f(z)|; backward of the adjoint
-u = J^T u + b against |b|. The peers' library is optional: pip install torchdeq==0.1.0.
+A step is forward and backward, without an optimiser. The columns take turns, so that a slower minute of the machine
+hits them all; a sample is clean when others used less than 12 % of the machine meanwhile, and medians are over the
+clean ones. f, head and dropout masks are the same everywhere: solver and gradient are what is compared. Residuals are
+recomputed alike for all columns (benchmarks/columns.py). "At the residuals of X" are the fewest evaluations of Anderson
+and GMRES with which neither residual is above X's. "Own ms" is the forward solver's time an evaluation with the values
+of f given.
+
+FOLDER holds cifar-10-batches-py/. torch and numpy suffice; torchdeq's columns need `pip install '.[bench]'`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from benchmarks import setting, timing
+from benchmarks.columns import (
+    Column,
+    Probe,
+    Step,
+    anderson_gmres,
+    at_equal_residual,
+    contestants,
+    own_milliseconds,
+)
 
-from benchmarks.published_broyden import PublishedBroyden
-from mdeq import Anderson, Broyden, Gmres, Implicit, Network, Phantom
-from mdeq.equilibrium import equilibrium
-from mdeq.solvers import Map
-from pipeline.checkpoints import load_model
-
-Layer = Callable[[Map, Tensor], Tensor]  # f, z0 -> an equilibrium with its gradient
+LIMIT = 2  # times the peers' updates, for the search at equal residual
 
 
-@dataclass
-class Column:
-    """One contestant and what was measured of it."""
-
-    name: str
-    layer: Layer
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    forward_residual: float = float("nan")
-    backward_residual: float = float("nan")
-    forward_evaluations: int = 0
-
-
-def columns(forward: int, backward: int) -> list[Column]:
-    """The contestants, with `forward` and `backward` solver iterations."""
-    exact = {"tolerance": 0.0}
-
-    def ours(forward_solver, rule) -> Layer:  # noqa: ANN001
-        return lambda f, z0: equilibrium(f, z0, forward_solver, rule)[0]
-
-    broyden, implicit = Broyden(forward, **exact), Implicit(Broyden(backward, **exact))
-    found = [
-        Column("ours, Broyden / Broyden", ours(broyden, implicit)),
-        Column("ours, Broyden / GMRES", ours(broyden, Implicit(Gmres(backward, **exact)))),
-        Column("ours, Anderson / GMRES", ours(Anderson(forward, **exact), Implicit(Gmres(backward, **exact)))),
-        Column("ours, Broyden / one step", ours(broyden, Phantom(1, 1.0))),
-        Column("published form, (U, V) Broyden", ours(PublishedBroyden(forward), Implicit(PublishedBroyden(backward)))),  # type: ignore[arg-type]
-    ]
-    if importlib.util.find_spec("torchdeq") is None:
-        print("torchdeq is not installed: its columns are left out", file=sys.stderr)
-        return found
-    from torchdeq import get_deq
-
-    def peer(solver: str, **gradient: object) -> Layer:
-        deq = get_deq(
-            f_solver=solver, b_solver=solver, f_max_iter=forward, b_max_iter=backward, f_tol=0.0, b_tol=0.0,
-            f_stop_mode="rel", b_stop_mode="rel", **gradient,
-        )  # fmt: skip
-        return lambda f, z0: deq(f, z0)[0][-1]
-
-    for solver in ("broyden", "anderson"):
-        found.append(Column(f"torchdeq, {solver}, implicit", peer(solver, ift=True)))
-    return [*found, Column("torchdeq, broyden, phantom 5", peer("broyden", grad=5, tau=0.5))]
-
-
-def step(network: Network, layer: Layer, images: Tensor, targets: Tensor, column: Column | None = None) -> None:
-    """Forward and backward of one training step; with a column, measures its residuals instead of its time."""
-    network.zero_grad(set_to_none=True)
-    torch.manual_seed(0)  # the same dropout masks for every column
-    f, z0, scales = network.backbone.fixed_point_problem(images)
-    counted = _Counted(f)
-    z = layer(counted, z0)
-    if column is not None:
-        column.forward_evaluations = counted.calls
-        column.forward_residual = _residual(counted.first_graph_argument, f)
-    loss = F.cross_entropy(network.head(scales.split(z)), targets)
-    loss.backward()
-
-
-class _Counted:
-    """f, counting its calls, and keeping the state at which it was first put on tape: z*."""
-
-    def __init__(self, f: Map) -> None:
-        self.f, self.calls = f, 0
-        self.first_graph_argument: Tensor | None = None
-
-    def __call__(self, z: Tensor) -> Tensor:
-        self.calls += 1
-        if torch.is_grad_enabled() and self.first_graph_argument is None:
-            self.first_graph_argument = z.detach()
-        return self.f(z)
-
-
-def _residual(z: Tensor | None, f: Map) -> float:
-    if z is None:
-        return float("nan")
-    with torch.no_grad():
-        fz = f(z)
-        return float(((fz - z).norm(dim=1) / fz.norm(dim=1)).mean())
-
-
-def measure(network: Network, contestants: list[Column], images: Tensor, targets: Tensor, rounds: int) -> None:
-    """Residuals once, which also warms up, then `rounds` steps of each, in turns."""
-    for column in contestants:
-        step(network, column.layer, images, targets, column)
-    for _ in range(rounds):
-        for column in contestants:
-            wall, cpu = time.perf_counter(), time.process_time()
-            step(network, column.layer, images, targets)
-            column.seconds.append(time.perf_counter() - wall)
-            column.cpu_seconds.append(time.process_time() - cpu)
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="a trained MDEQ, model.pt")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
-    parser.add_argument("--forward", type=int, default=18, help="forward solver iterations")
-    parser.add_argument("--backward", type=int, default=20, help="backward solver iterations")
+    setting.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    network: nn.Module = load_model(arguments.weights)[0].train()
-    assert isinstance(network, Network), "--weights: must hold an MDEQ"
-    images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
-    targets = torch.randint(0, 10, (arguments.batch,))
-    contestants = columns(arguments.forward, arguments.backward)
-    load = os.getloadavg()[0]
-    measure(network, contestants, images, targets, arguments.rounds)
-    report = {"torch": torch.__version__, "threads": arguments.threads, "batch": arguments.batch, "load_before": load}
-    report["columns"] = [_summary(column) for column in contestants]
-    _print(report)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="columns whose name holds TEXT; repeatable")
+    arguments = parser.parse_args(argv)
+    there = setting.load(arguments)
+    columns = contestants(there.preset.forward, there.preset.backward, arguments.only)
+    step = Step(there.network, *there.batch())
+    probes = {column.name: step.probe(column) for column in columns}  # which also warms up
+    columns += _at_equal_residual(step, columns, probes, LIMIT * there.preset.backward)
+    samples: dict[str, list[timing.Sample]] = {column.name: [] for column in columns}
+    own: dict[str, float] = {}
+    for column in columns:
+        own[column.name] = own_milliseconds(column.layer, *step.problem()[:2])
+    for _ in range(arguments.rounds):
+        for column in columns:
+            samples[column.name].append(timing.measure(lambda: step.run(column.layer)))  # noqa: B023
+    rows = [
+        {"name": name, **timing.summary(taken), **vars(probes[name]), "own_ms": own[name]}
+        for name, taken in samples.items()
+    ]
+    report = {"rounds": arguments.rounds, "columns": rows}
+    _print(there.facts, rows, arguments.rounds)
+    there.write(report)
 
 
-def _summary(column: Column) -> dict[str, object]:
-    return {
-        "name": column.name,
-        "seconds": statistics.median(column.seconds),
-        "seconds_min": min(column.seconds),
-        "cpu_seconds": statistics.median(column.cpu_seconds),
-        "forward_residual": column.forward_residual,
-        "evaluations_before_the_head": column.forward_evaluations,
-    }
+def _at_equal_residual(step: Step, columns: list[Column], probes: dict[str, Probe], limit: int) -> list[Column]:
+    """Our columns at each peer's residuals, whose probes are added; one column where the numbers coincide."""
+    peers: dict[tuple[int, int], list[str]] = {}
+    for column in columns:
+        if column.implicit and not column.name.startswith("ours"):
+            numbers = at_equal_residual(step, probes[column.name], limit)
+            if numbers is None:
+                print(f"{column.name}: {limit} updates of Anderson or GMRES do not reach its residuals")
+            else:
+                peers.setdefault(numbers, []).append(column.name)
+    found = []
+    for numbers, names in peers.items():
+        column = anderson_gmres(*numbers)
+        column = Column(f"{column.name}, at the residuals of {' and '.join(names)}", column.layer)
+        probes[column.name] = step.probe(column)
+        found.append(column)
+    return found
 
 
-def _print(report: dict) -> None:
-    print("torch {torch}, {threads} threads, batch {batch}, load before {load_before:.1f}".format(**report))
-    first = report["columns"][0]["cpu_seconds"]
-    print(f"{'column':34} {'wall s':>8} {'min':>8} {'cpu s':>8} {'x ours':>7} {'f residual':>11} {'f calls':>8}")
-    for c in report["columns"]:
+def _print(facts: dict[str, Any], rows: list[dict[str, Any]], rounds: int) -> None:
+    print("; ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"{'wall s':>8} {'min':>7} {'x 1st':>6} {'cpu s':>7} {'clean':>6}", end="")
+    print(f" {'f calls':>8} {'passes':>7} {'f resid.':>9} {'b resid.':>9} {'own ms':>7}  column")
+    for row in rows:
+        backward = "n/a" if row["backward_residual"] is None else f"{row['backward_residual']:.4f}"
+        clean = f"{row['clean']}/{rounds}"
         print(
-            f"{c['name']:34} {c['seconds']:8.3f} {c['seconds_min']:8.3f} {c['cpu_seconds']:8.3f} "
-            f"{c['cpu_seconds'] / first:7.2f} {c['forward_residual']:11.4f} {c['evaluations_before_the_head']:8d}"
+            f"{row['wall']:8.3f} {row['wall_min']:7.3f} {row['wall'] / rows[0]['wall']:6.2f} {row['cpu']:7.3f} "
+            f"{clean:>6} {row['evaluations']:8d} {row['passes']:7d} {row['forward_residual']:9.4f} {backward:>9} "
+            f"{row['own_ms']:7.2f}  {row['name']}"
         )
 
 

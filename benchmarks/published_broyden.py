@@ -1,7 +1,7 @@
 """Broyden's method in the (U, V) form that the authors' code uses, written for comparison alone.
 
 The inverse Jacobian is -I + U V^T; every update reads both factors for the step, for V^T, and for the new U. One
-residual over the whole batch decides which iterate is returned. No line search, no stopping rule.
+residual over the whole batch, relative to |f(z)|, decides which iterate is returned. No line search, no stopping rule.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ class PublishedBroyden:
         v = z0.new_zeros(batch, self.steps, dim)
         z = z0
         fz = f(z)
-        g = fz - z
-        step = g
+        g = step = fz - z
         best, smallest, best_step = z, torch.inf, 0
-        rows = [g.norm(dim=1) / fz.norm(dim=1)]
+        absolute, norm = [g.norm(dim=1)], [fz.norm(dim=1)]
         for k in range(self.steps):
             z = z + step
             fz = f(z)
             new = fz - z
-            change = new - g
-            g = new
-            rows.append(g.norm(dim=1) / fz.norm(dim=1))
+            change, g = new - g, new
+            absolute.append(g.norm(dim=1))
+            norm.append(fz.norm(dim=1))
             residual = float(g.norm() / fz.norm())
             if residual < smallest:
                 best, smallest, best_step = z.clone(), residual, k + 1
@@ -45,10 +44,17 @@ class PublishedBroyden:
             v[:, k] = torch.nan_to_num(row)
             u[:, :, k] = torch.nan_to_num((step - moved) / torch.einsum("bd,bd->b", row, change)[:, None])
             step = g - self._times(u, v, g, k + 1)
-        absolute = (f(best) - best).norm(dim=1) if scale is not None else rows[best_step]
+        rows = torch.stack(absolute) / (torch.stack(norm) if scale is None else scale)
         count = torch.full((batch,), best_step, device=z0.device)
-        relative = absolute / scale if scale is not None else rows[best_step]
-        return Solution(best, relative, absolute, count, relative < 0, torch.stack(rows), self.steps + 1)
+        return Solution(
+            best,
+            rows[best_step],
+            absolute[best_step],
+            count,
+            torch.zeros_like(count, dtype=torch.bool),
+            rows,
+            len(rows),
+        )
 
     @staticmethod
     def _times(u: Tensor, v: Tensor, x: Tensor, k: int) -> Tensor:

@@ -1,0 +1,276 @@
+"""At given weights: residual and accuracy against evaluations, and how near each gradient rule comes to the truth.
+
+    python -m benchmarks.sweep --weights MODEL --data FOLDER --pictures docs --out sweep.json
+
+Solvers: the mean over `--images` test images, in evaluation mode, of the residual of each sample's best iterate so far,
+and the accuracy of a head that reads it, after 1, 2, ... evaluations of f; the adjoint's residual after 1, 2, ...
+products, on a training step of one batch.
+
+Gradients: the gradient of the weights of f on `--gradient-batch` images, in float64, as a cosine and a ratio of norms
+to the exact one: GMRES to 1e-6 at an equilibrium that `--exact` updates of Broyden found. Each rule is judged at that
+equilibrium and at the one that 18 evaluations find; a phantom or unrolled step counts as one product. `--pictures`
+draws solvers and gradients, .svg and .png, with matplotlib; all else needs torch and numpy alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import setting
+from benchmarks.columns import Step, best_so_far, forward_residual
+from mdeq import Anderson, Broyden, FixedPoint, Gmres, Implicit, Network, Phantom, unroll
+from mdeq.equilibrium import equilibrium
+from mdeq.solvers import Map, Solution, Solver
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PRODUCTS = (1, 2, 3, 4, 5, 7, 10, 14, 20, 30)
+BUDGET = 18  # evaluations, as the paper's
+COLOURS = {
+    "Broyden": "#2f7fd1",
+    "Anderson": "#2f9e77",
+    "GMRES": "#8b6cc9",
+    "iterating f": "#b07d00",
+    "phantom, damping 1": "#d1495b",
+    "phantom, damping 0.5": "#e08a3c",
+    "unrolled from 0": "#6b7280",
+}
+Curve = dict[str, list[float]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, and writes JSON and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    setting.add_arguments(parser)
+    parser.add_argument("--evaluations", type=int, default=30, help="of f, and products of the adjoint, at most")
+    parser.add_argument("--images", type=int, default=1000, help="test images for residual and accuracy")
+    parser.add_argument("--gradient-batch", type=int, default=8)
+    parser.add_argument("--exact", type=int, default=150, help="updates, and products, behind the exact gradient")
+    parser.add_argument("--pictures", type=Path, help="folder for solvers and gradients, .svg and .png")
+    arguments = parser.parse_args(argv)
+    there = setting.load(arguments)
+    products = [n for n in PRODUCTS if n <= arguments.evaluations]
+    report = {
+        "forward": forward_sweep(there, arguments.images, arguments.evaluations),
+        "adjoint": adjoint_sweep(Step(there.network, *there.batch()), arguments.evaluations),
+        "gradients": gradient_sweep(there.network, *there.images(arguments.gradient_batch), products, arguments.exact),
+    }
+    there.write(report)
+    for name, curve in report["forward"].items():
+        print(f"{name:12} accuracy {curve['accuracy'][-1]:.3f}, residual {curve['residual'][-1]:.2e} at the end")
+    print(", ".join(f"{name} {value:.2e}" for name, value in report["gradients"]["exact"].items()))
+    if arguments.pictures:
+        _save(
+            arguments.pictures, {"solvers": lambda: draw_solvers(report), "gradients": lambda: draw_gradients(report)}
+        )
+
+
+# ---- residual and accuracy against evaluations
+
+
+def forward_sweep(there: setting.Setting, images: int, evaluations: int) -> dict[str, Curve]:
+    """Of each solver: `residual` and `accuracy` after 1, 2, ... evaluations of f."""
+    limit, network = evaluations - 1, there.network.eval()
+    solvers: dict[str, Solver] = {
+        "Broyden": Broyden(limit, tolerance=0.0),
+        "Anderson": Anderson(limit, tolerance=0.0),
+        "iterating f": FixedPoint(limit, tolerance=0.0),
+    }
+    pictures, labels = there.images(images)
+    sums = {name: torch.zeros(2, evaluations) for name in solvers}
+    with torch.no_grad():
+        for batch, targets in zip(pictures.split(there.preset.batch), labels.split(there.preset.batch), strict=True):
+            f, z0, scales = network.backbone.fixed_point_problem(batch)
+            for name, solver in solvers.items():
+                states, trace = trajectory(solver, f, z0)
+                sums[name][0] += best_so_far(trace).sum(1)
+                for n in range(evaluations):
+                    logits = network.head(scales.split(_best_state(states, trace, n)))
+                    sums[name][1, n] += (logits.argmax(1) == targets).sum()
+    network.train()
+    return {
+        name: {"evaluations": list(range(1, evaluations + 1)), "residual": r.tolist(), "accuracy": a.tolist()}
+        for name, (r, a) in ((name, total / images) for name, total in sums.items())
+    }
+
+
+def trajectory(solver: Solver, f: Map, z0: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The states at which `solver` evaluated f, and their residuals (nfe, B)."""
+    states: list[Tensor] = []
+
+    def record(z: Tensor) -> Tensor:
+        states.append(z)
+        return f(z)
+
+    return states, solver(record, z0).trace
+
+
+def _best_state(states: list[Tensor], trace: Tensor, n: int) -> Tensor:
+    """(B, D) what the solver returns after `n` updates."""
+    if n == 0:
+        return states[0]
+    best = trace[1 : n + 1].argmin(0) + 1
+    return torch.stack([states[i][b] for b, i in enumerate(best.tolist())])
+
+
+def adjoint_sweep(step: Step, products: int) -> dict[str, Curve]:
+    """Of each solver of the adjoint: the `residual` against |dl/dz*| after 1, 2, ... products, at one equilibrium."""
+    f, z0, loss = step.problem()
+    with torch.no_grad():
+        z = Broyden(BUDGET - 1, tolerance=0.0)(f, z0).value
+    curves = {}
+    for name, solver in _adjoint_solvers(products).items():
+        solutions: list[Solution] = []
+        output, _ = equilibrium(f, z, FixedPoint(0), Implicit(solver), on_backward=solutions.append)
+        loss(output).backward(retain_graph=True)
+        residual = solutions[0].trace.cummin(0).values.mean(1).tolist()
+        curves[name] = {"products": list(range(1, len(residual) + 1)), "residual": residual}
+    return curves
+
+
+def _adjoint_solvers(limit: int) -> dict[str, Broyden | Anderson | FixedPoint | Gmres]:
+    return {
+        "Broyden": Broyden(limit, tolerance=0.0),
+        "Anderson": Anderson(limit, tolerance=0.0),
+        "GMRES": Gmres(limit, tolerance=0.0),
+        "iterating f": FixedPoint(limit, tolerance=0.0),
+    }
+
+
+# ---- gradient rules against the exact gradient
+
+
+def gradient_sweep(
+    network: Network, images: Tensor, targets: Tensor, products: list[int], exact: int
+) -> dict[str, Any]:
+    """`exact`: how well it was found; `converged` and `budget`: each rule's cosine and norm ratio there."""
+    step = Step(copy.deepcopy(network).double(), images.double(), targets)
+    f, z0, _ = step.problem()
+    with torch.no_grad():
+        z = Broyden(exact, tolerance=1e-10)(f, z0).value
+        rough = Broyden(BUDGET - 1, tolerance=0.0)(f, z0).value
+    solutions: list[Solution] = []
+    rule = Implicit(Gmres(exact, tolerance=1e-6))
+    truth = _gradient(step, lambda f, _: equilibrium(f, z, FixedPoint(0), rule, on_backward=solutions.append)[0])
+    facts = {
+        "residual": forward_residual(f, z),
+        "adjoint_residual": float(solutions[0].relative.mean()),
+        "products": float(solutions[0].nfe),
+        "residual_of_budget": forward_residual(f, rough),
+    }
+    unrolled = _compare(step, truth, [(n, lambda f, z0, n=n: unroll(f, z0, n)) for n in products])
+    found: dict[str, Any] = {"exact": facts}
+    for name, start in (("converged", z), ("budget", rough)):
+        found[name] = {
+            rule_name: _compare(step, truth, [(n, _from(start, rule(n))) for n in products])
+            for rule_name, rule in _rules().items()
+        } | {"unrolled from 0": unrolled}
+    return found
+
+
+def _rules() -> dict[str, Callable[[int], Implicit | Phantom]]:
+    """A rule for a number of products."""
+    return {
+        "Broyden": lambda n: Implicit(Broyden(n, tolerance=0.0)),
+        "Anderson": lambda n: Implicit(Anderson(n, tolerance=0.0)),
+        "GMRES": lambda n: Implicit(Gmres(n, tolerance=0.0)),
+        "phantom, damping 1": lambda n: Phantom(n, 1.0),
+        "phantom, damping 0.5": lambda n: Phantom(n, 0.5),
+    }
+
+
+def _from(z: Tensor, rule: Implicit | Phantom) -> Callable[[Map, Tensor], Tensor]:
+    return lambda f, _: equilibrium(f, z, FixedPoint(0), rule)[0]
+
+
+def _gradient(step: Step, layer: Callable[[Map, Tensor], Tensor]) -> Tensor:
+    """The gradient of the weights of f, flat."""
+    step.run(layer)
+    return torch.cat([p.grad.flatten() for p in step.network.backbone.f.parameters() if p.grad is not None])
+
+
+def _compare(step: Step, truth: Tensor, layers: list[tuple[int, Callable[[Map, Tensor], Tensor]]]) -> Curve:
+    curve: Curve = {"products": [], "cosine": [], "norm_ratio": []}
+    for products, layer in layers:
+        gradient = _gradient(step, layer)
+        curve["products"].append(products)
+        curve["cosine"].append(float(torch.cosine_similarity(gradient, truth, dim=0)))
+        curve["norm_ratio"].append(float(gradient.norm() / truth.norm()))
+    return curve
+
+
+# ---- pictures
+
+
+def draw_solvers(report: dict[str, Any]) -> Figure:
+    """Residual forward and backward, and accuracy, against evaluations."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    forward = report["forward"]
+    _lines(axes[0], forward, "evaluations", "residual", "residual |f(z) - z| / |f(z)|", "evaluations of f", log=True)
+    _lines(axes[1], report["adjoint"], "products", "residual", "residual of the adjoint", "products with Jᵀ", log=True)
+    _lines(axes[2], forward, "evaluations", "accuracy", "test accuracy", "evaluations of f")
+    return figure
+
+
+def draw_gradients(report: dict[str, Any]) -> Figure:
+    """Cosine and norm ratio of each rule, at a converged equilibrium and at that of 18 evaluations."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.8), layout="constrained", sharey="row")
+    where = {"converged": "at a converged z*", "budget": f"at the z* of {BUDGET} evaluations"}
+    for column, (key, title) in enumerate(where.items()):
+        curves = report["gradients"][key]
+        _lines(axes[0, column], curves, "products", "cosine", f"cosine to the exact gradient, {title}", "")
+        _lines(axes[1, column], curves, "products", "norm_ratio", "its norm, relative", "products with Jᵀ", log=True)
+        axes[1, column].axhline(1, color="#8a9099", linewidth=0.8)
+    return figure
+
+
+def _lines(axes: Axes, curves: dict[str, Curve], x: str, y: str, title: str, label: str, *, log: bool = False) -> None:
+    """A line for each curve, its name at its end, pushed apart where the ends are close."""
+    for name, curve in curves.items():
+        axes.plot(curve[x], curve[y], color=COLOURS[name], linewidth=1.8, marker="o", markersize=2.5)
+    if log:
+        axes.set_yscale("log")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    ends = {
+        name: axes.transAxes.inverted().transform(axes.transData.transform((0, curve[y][-1])))[1]
+        for name, curve in curves.items()
+    }
+    height = -1.0
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        height = max(end, height + 0.065)
+        axes.text(1.02, height, name, transform=axes.transAxes, color=COLOURS[name], fontsize=8.5, va="center")
+
+
+def _save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("matplotlib is not installed: no pictures (pip install matplotlib)")
+        return
+    mpl.use("Agg")
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mdeq", "font.size": 9.5})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in figures.items():
+        figure = draw()
+        for suffix in ("svg", "png"):
+            figure.savefig(folder / f"{name}.{suffix}", dpi=140, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()

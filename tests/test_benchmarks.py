@@ -1,0 +1,170 @@
+"""The benchmarks: recomputed residuals against theory on a linear map, and each command end to end at a tiny size.
+
+torchdeq's columns are tested where it is installed (`pip install '.[bench]'`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import memory, peers, setting, sweep, timing
+from benchmarks.columns import Column, Probe, contestants, ours, probe
+from mdeq import Broyden, ClassificationHeadConfig, FixedPoint, Implicit, MDEQConfig
+from mdeq.solvers import Map
+from pipeline.checkpoints import Architecture, save_model
+from pipeline.params import load
+from pipeline.train_params import TrainParams
+
+RADIUS, DIM = 0.7, 4
+TORCHDEQ = importlib.util.find_spec("torchdeq") is not None
+
+
+def linear() -> tuple[Map, Tensor, Tensor]:
+    """f(z) = A z + c with A = RADIUS times a rotation, so |A^n c| = RADIUS^n |c|; A and c (B, D)."""
+    generator = torch.Generator().manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator, dtype=torch.float64))
+    c = torch.randn(3, DIM, generator=generator, dtype=torch.float64)
+    weight = (RADIUS * rotation).requires_grad_()
+    return lambda z: z @ weight.T + c, weight.detach(), c
+
+
+def probed(column: Column) -> Probe:
+    f, _, c = linear()
+    return probe(column, f, torch.zeros_like(c), lambda z: z.square().sum())
+
+
+def test_recomputed_residuals_are_those_of_theory() -> None:
+    """Iterating f: z_k = (1 + A + ... + A^(k-1)) c, so |f(z_k) - z_k| = |A^k c|; the adjoint alike, with A^T."""
+    _, a, c = linear()
+    k, n = 5, 7
+    column = ours("", FixedPoint(k, tolerance=0.0), Implicit(FixedPoint(n, tolerance=0.0)))
+    found = probed(column)
+    limit = torch.linalg.solve(torch.eye(DIM, dtype=a.dtype) - a, c.T).T
+    after = limit - limit @ torch.linalg.matrix_power(a, k + 1).T  # f(z_k) = z_(k+1)
+    assert found.forward_residual == pytest.approx(float((RADIUS**k * c.norm(dim=1) / after.norm(dim=1)).mean()))
+    assert found.backward_residual == pytest.approx(RADIUS**n)
+    assert found.evaluations == k + 2  # updates, the last one's residual, the tape
+    assert found.passes == n + 1
+
+
+@pytest.mark.parametrize("column", contestants(3 * DIM, 3 * DIM), ids=lambda column: column.name)
+def test_every_column_solves_a_linear_map(column: Column) -> None:
+    """Broyden's method ends within 2 D updates of a linear system (Gay 1979), GMRES within D."""
+    found = probed(column)
+    assert found.forward_residual < 1e-4  # Anderson's regularised system is not exact
+    if column.implicit:
+        assert found.backward_residual is not None and found.backward_residual < 1e-4
+    else:
+        assert found.backward_residual is None
+
+
+def test_a_half_solved_adjoint_shows() -> None:
+    exact, rough = (probed(ours("", Broyden(3 * DIM), Implicit(FixedPoint(n, tolerance=0.0)))) for n in (60, 2))
+    assert exact.backward_residual is not None and exact.backward_residual < 1e-8
+    assert rough.backward_residual == pytest.approx(RADIUS**2)
+
+
+def test_presets_are_those_of_the_papers_params() -> None:
+    places = {"mdeq-small": "classify", "mdeq-10m": "classify", "imagenet-mdeq-small": "pretrain"}
+    for name, stage in places.items():
+        instance = {"mdeq-small": "mdeq-small", "mdeq-10m": "mdeq", "imagenet-mdeq-small": "mdeq-small"}[name]
+        params = load(stage, instance, Path(__file__).parents[1] / "params/paper.yaml")
+        preset = setting.PRESETS[name]
+        assert isinstance(params, TrainParams) and params.forward and isinstance(params.backward, Implicit)
+        assert (preset.model, preset.head) == (params.model, params.head)
+        assert (preset.forward, preset.backward) == (params.forward.steps, params.backward.solver.steps)
+        assert preset.optimizer.kind == params.optimizer.kind
+
+
+def test_medians_are_over_clean_samples() -> None:
+    samples = [timing.Sample(wall, wall, others) for wall, others in ((1.0, 0.05), (9.0, 0.5), (2.0, 0.0))]
+    found = timing.summary(samples)
+    assert (found["wall"], found["wall_min"], found["clean"]) == (1.5, 1.0, 2)
+    dirty = timing.summary([replace(sample, others=0.9) for sample in samples])
+    assert (dirty["wall"], dirty["clean"]) == (2.0, 0)
+
+
+def test_work_of_this_process_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 2 s of 2 CPUs, 3 CPU seconds of which 1 is ours: others used half of the machine."""
+    monkeypatch.setattr(timing, "_busy_seconds", iter((10.0, 13.0)).__next__)
+    monkeypatch.setattr(timing.time, "process_time", iter((5.0, 6.0)).__next__)
+    monkeypatch.setattr(timing.time, "perf_counter", iter((7.0, 9.0)).__next__)
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    assert timing.measure(lambda: None) == timing.Sample(2.0, 1.0, 0.5)
+
+
+# ---- the commands
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny model on noise."""
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    model = MDEQConfig(channels=(4, 4), expansion=1, groups=2)
+    architecture = Architecture(model, ClassificationHeadConfig(channels=(2, 2), final_channels=4), 10)
+    torch.manual_seed(0)
+    save_model(path, architecture, architecture.build(), {})
+    numbers = ["--batch", "2", "--size", "8", "--forward", "3", "--backward", "3", "--threads", "1"]
+    return ["--weights", str(path), "--noise", *numbers]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_peers(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "peers.json"
+    peers.main([*options, "--rounds", "2", "--out", str(out)])
+    report = json.loads(out.read_text())
+    rows = {row["name"]: row for row in report["columns"]}
+    assert report["images"] == "random noise" and all(len(row["samples"]) == 2 for row in rows.values())
+    assert ("torchdeq, Broyden implicit" in rows) is TORCHDEQ
+    published, broyden = rows["authors' form, (U, V) Broyden"], rows["ours, Broyden / Broyden"]
+    assert published["evaluations"] == broyden["evaluations"] == 5 and published["passes"] == broyden["passes"] == 4
+    for name, row in rows.items():
+        for peer in (peer for peer in rows if f"at the residuals of {peer}" in name):
+            assert row["forward_residual"] <= rows[peer]["forward_residual"]
+            assert row["backward_residual"] <= rows[peer]["backward_residual"]
+    assert "n/a" in capsys.readouterr().out
+
+
+def test_memory(options: list[str], tmp_path: Path) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    out = tmp_path / "memory.json"
+    memory.main([*options, "--samples", "1", "--only", "Broyden / one step", "--out", str(out)])
+    report = json.loads(out.read_text())
+    (row,) = report["columns"]
+    assert row["rise"] == max(row["peak"].values()) > 0
+    assert report["known"]["one state"] * memory.MIB == 2 * 4 * (4 * 64 + 4 * 16)
+
+
+def test_sweep(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    numbers = ["--evaluations", "5", "--images", "4", "--gradient-batch", "2", "--exact", "60"]
+    sweep.main([*options, *numbers, "--pictures", str(tmp_path), "--out", str(out)])
+    report = json.loads(out.read_text())
+    for curve in (*report["forward"].values(), *report["adjoint"].values()):
+        assert len(curve["residual"]) == 5 and curve["residual"][1:] == sorted(curve["residual"][1:], reverse=True)
+    gradients = report["gradients"]
+    assert gradients["exact"]["adjoint_residual"] <= 1e-6
+    assert gradients["converged"]["GMRES"]["cosine"][-1] <= 1 + 1e-9
+    for name in ("solvers.svg", "solvers.png", "gradients.svg", "gradients.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_missing_images_are_said_in_one_line(options: list[str], tmp_path: Path) -> None:
+    given = [option for option in options if option != "--noise"]
+    given[given.index("--size") + 1] = "32"
+    with pytest.raises(SystemExit, match=r"test_batch: no such file; give --data FOLDER"):
+        peers.main([*given, "--data", str(tmp_path)])
