@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +103,29 @@ def test_work_of_this_process_is_not_others(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # ---- the commands
+
+
+def test_they_import_torch_and_numpy_alone() -> None:
+    heavy = {
+        "pandas",
+        "cv2",
+        "pydantic",
+        "mlflow",
+        "dvc",
+        "torchvision",
+        "matplotlib",
+        "typer",
+        "PIL",
+        "rich",
+        "torchdeq",
+    }
+    code = (
+        f"import sys, benchmarks.peers, benchmarks.memory, benchmarks.sweep; print(sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 @pytest.fixture(scope="module")
