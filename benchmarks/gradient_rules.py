@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, Phantom
+from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, Phantom, Reversible
 from pipeline.data.cifar10 import BATCHES, CLASSES, FOLDER, Cifar10, images_and_labels
 from pipeline.data.loading import batches
 from pipeline.metrics import TopK
@@ -30,6 +30,7 @@ RULES = {
     "phantom": Phantom(1, 1.0),
     "phantom-5": Phantom(5, 0.5),
     "implicit": Implicit(Gmres(8)),
+    "reversible": Reversible(4, 0.5),
 }
 
 

@@ -1,6 +1,6 @@
 """Multiscale deep equilibrium models (Bai, Koltun, Kolter, NeurIPS 2020): model, solvers, implicit gradients."""
 
-from mdeq.equilibrium import Implicit, Phantom, equilibrium, unroll
+from mdeq.equilibrium import Implicit, Phantom, Reversible, equilibrium, unroll
 from mdeq.heads import ClassificationHeadConfig, SegmentationHeadConfig
 from mdeq.model import MDEQ, Equilibrium, MDEQConfig, Network, Prediction
 from mdeq.multiscale import Scales
@@ -19,6 +19,7 @@ __all__ = [
     "Network",
     "Phantom",
     "Prediction",
+    "Reversible",
     "Scales",
     "SegmentationHeadConfig",
     "Solution",

@@ -76,18 +76,21 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, channels)
         self.norm3 = nn.GroupNorm(groups, channels)
 
-    def bind(self, x: Tensor, *, inject: bool, softplus: float | None) -> Features:
-        """The block for the batch of injection `x` (B, C_1, H, W), which it adds where `inject`."""
+    def bind(self, x: Tensor, *, inject: bool, softplus: float | None) -> Callable[[Tensor, slice], Tensor]:
+        """The block for the batch of injection `x` (B, C_1, H, W), which it adds where `inject`.
+
+        It is a function of z and of the rows of the batch that z belongs to.
+        """
         conv1, conv2, last = self.conv1.bind(), self.conv2.bind(), rectifier(softplus)
         dropping = self.training and self.dropout > 0
         mask = variational_dropout(x, self.channels, self.dropout) if dropping else None
 
-        def block(z: Tensor) -> Tensor:
+        def block(z: Tensor, rows: slice) -> Tensor:
             hidden = conv2(self.norm1(conv1(z)).relu_())
             if mask is not None:
-                hidden = hidden * mask
+                hidden = hidden * mask[rows]
             if inject:
-                hidden = hidden + x
+                hidden = hidden + x[rows]
             return self.norm3(last(self.norm2(hidden) + z))
 
         return block

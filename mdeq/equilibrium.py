@@ -2,18 +2,23 @@
 
 The forward pass costs the memory of one evaluation of f however many the solver makes: only the last one, at the
 equilibrium, is on the tape. Its vector-Jacobian products then serve the adjoint.
+
+As samples never feel each other, a batch may be solved a few samples at a time: the solver's history is then that of
+those few, and on a CPU their features stay in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mdeq.reversible import reversible
 from mdeq.solvers import Anderson, Broyden, FixedPoint, Gmres, Map, Solution, Solver
 
 
@@ -40,12 +45,40 @@ class Phantom:
     kind: Literal["phantom"] = "phantom"
 
 
+@dataclass(frozen=True)
+class Reversible:
+    """The exact gradient of the steps really taken, by `reversible`; `steps` of them, each two evaluations of f.
+
+    Where gradients are wanted these steps replace the forward solver.
+    """
+
+    steps: int = 8
+    damping: float = 0.5
+    kind: Literal["reversible"] = "reversible"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < 1:
+            raise ValueError(f"damping: between 0 and 1, which the way back divides by, not {self.damping}")
+
+
+@runtime_checkable
+class BatchMap(Protocol):
+    """f of a batch that also gives f of some of its samples."""
+
+    def __call__(self, z: Tensor, /) -> Tensor: ...
+
+    def rows(self, rows: slice) -> Map:
+        """f of these samples alone."""
+        ...
+
+
 def equilibrium(
-    f: Map,
+    f: Map | BatchMap,
     z0: Tensor,
     forward: Solver,
-    backward: Implicit | Phantom,
+    backward: Implicit | Phantom | Reversible,
     on_backward: Callable[[Solution], None] | None = None,
+    at_once: int | None = None,
 ) -> tuple[Tensor, Solution]:
     """The equilibrium of f from `z0` (B, D), differentiable in all that f depends on.
 
@@ -54,18 +87,48 @@ def equilibrium(
         z0: The starting point; no gradient flows to it.
         forward: Solves z = f(z).
         backward: How the solution is differentiated.
-        on_backward: Called with the adjoint's solution in each backward pass through `Implicit`.
+        on_backward: Called with the adjoint's solution in each backward pass through `Implicit` or `Reversible`.
+        at_once: Solve that many samples at a time, for which f must be a `BatchMap`; None for the whole batch.
 
     Returns:
         Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*; and the forward solution.
     """
+    if at_once is None or at_once >= len(z0):
+        return _equilibrium(f, z0, forward, backward, on_backward)
+    if not isinstance(f, BatchMap):
+        raise TypeError("at_once: f has no `rows`, so it cannot be solved a few samples at a time")
+    rows = [slice(start, start + at_once) for start in range(0, len(z0), at_once)]
+    adjoints: dict[int, Solution] = {}
+
+    def collect(i: int, part: Solution) -> None:
+        adjoints[i] = part
+        if on_backward is not None and len(adjoints) == len(rows):
+            on_backward(Solution.joined([adjoints.pop(i) for i in range(len(rows))]))
+
+    parts = [
+        _equilibrium(f.rows(part), z0[part], forward, backward, partial(collect, i)) for i, part in enumerate(rows)
+    ]
+    values, solutions = zip(*parts, strict=True)
+    return torch.cat(values), Solution.joined(solutions)
+
+
+def _equilibrium(
+    f: Map,
+    z0: Tensor,
+    forward: Solver,
+    backward: Implicit | Phantom | Reversible,
+    on_backward: Callable[[Solution], None] | None,
+) -> tuple[Tensor, Solution]:
     f = _in_state_precision(f, z0)
+    if isinstance(backward, Reversible) and torch.is_grad_enabled():
+        return reversible(f, z0, backward.steps, backward.damping, on_backward)
     with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
         solution = forward(f, z0.detach())
     if not torch.is_grad_enabled():
         return solution.value, solution
     if isinstance(backward, Phantom):
         return _damped(f, solution.value, backward.steps, backward.damping), solution
+    assert isinstance(backward, Implicit)
     z = solution.value.detach().requires_grad_()
     return _Adjoint.apply(f(z), z, backward.solver, on_backward), solution  # type: ignore[return-value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mdeq import jacobian
-from mdeq.equilibrium import Implicit, Phantom, equilibrium, unroll
+from mdeq.equilibrium import Implicit, Phantom, Reversible, equilibrium, unroll
 from mdeq.heads import (
     ClassificationHead,
     ClassificationHeadConfig,
@@ -20,9 +21,10 @@ from mdeq.heads import (
 )
 from mdeq.multiscale import Scales
 from mdeq.solvers import Anderson, Broyden, FixedPoint, Map, Solution
-from mdeq.transformation import Transformation, Upsampling
+from mdeq.transformation import BoundTransformation, Transformation, Upsampling
 
 ForwardSolver = Broyden | Anderson | FixedPoint
+CACHE_BYTES = 2**22  # of features that a CPU's cache takes beside the weights and the solver's history
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class MDEQ(nn.Module):
         self,
         config: MDEQConfig,
         forward_solver: ForwardSolver = Broyden(),
-        backward: Implicit | Phantom = Implicit(),
+        backward: Implicit | Phantom | Reversible = Implicit(),
     ) -> None:
         super().__init__()
         self.config, self.forward_solver, self.backward = config, forward_solver, backward
@@ -143,13 +145,24 @@ class MDEQ(nn.Module):
         if unroll_steps is not None:
             z, solution = unroll(f, z0, unroll_steps), None
         else:
-            z, solution = equilibrium(f, z0, self.forward_solver, self.backward, self.on_backward)
+            z, solution = equilibrium(
+                f, z0, self.forward_solver, self.backward, self.on_backward, self._at_once(scales, z0)
+            )
             if not self.training or self.config.train_output == "z*":
                 z = solution.value + (z - z.detach())
         estimate = _jacobian(f, z, jacobian_probes) if jacobian_probes else None
         return Equilibrium(scales.split(z), solution, estimate)
 
-    def fixed_point_problem(self, image: Tensor, *, softplus: float | None = None) -> tuple[Map, Tensor, Scales]:
+    def _at_once(self, scales: Scales, z0: Tensor) -> int | None:
+        """How many samples are solved together: on a CPU those whose widest features stay in its cache."""
+        if z0.device.type != "cpu":
+            return None
+        widest = max(math.prod(shape) for shape in scales.shapes) * self.config.expansion * z0.element_size()
+        return max(1, CACHE_BYTES // widest)
+
+    def fixed_point_problem(
+        self, image: Tensor, *, softplus: float | None = None
+    ) -> tuple[BoundTransformation, Tensor, Scales]:
         """f on the flat state for this batch, the starting point z = 0 (B, D), and the shapes that split a state."""
         x = self.inject(image)
         scales = Scales.of(self.config.channels, *x.shape[-2:])
@@ -171,7 +184,7 @@ class Network(nn.Module):
         head: ClassificationHeadConfig | SegmentationHeadConfig,
         classes: int,
         forward_solver: ForwardSolver = Broyden(),
-        backward: Implicit | Phantom = Implicit(),
+        backward: Implicit | Phantom | Reversible = Implicit(),
     ) -> None:
         super().__init__()
         self.backbone = MDEQ(config, forward_solver, backward)

@@ -6,7 +6,7 @@ a sample gets never depends on its neighbours. A solver of `steps` updates evalu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,7 +28,7 @@ class Solution:
         steps: (B,) updates made until that iterate.
         converged: (B,) whether the residual that stops fell to the tolerance.
         trace: (nfe, B) the residual that stops, a row an evaluation of f; a stopped sample repeats its last value.
-        nfe: calls of f.
+        nfe: calls of f; for a batch that was solved in parts those of the longest.
     """
 
     value: Tensor
@@ -38,6 +38,22 @@ class Solution:
     converged: Tensor
     trace: Tensor
     nfe: int
+
+    @staticmethod
+    def joined(parts: Sequence[Solution]) -> Solution:
+        """The solution of a batch from those of its parts; the traces of those that stopped early go on level."""
+        nfe = max(part.nfe for part in parts)
+        last = [p.trace[-1] if p.nfe else p.relative for p in parts]
+        traces = [torch.cat([p.trace, row.expand(nfe - p.nfe, -1)]) for p, row in zip(parts, last, strict=True)]
+        return Solution(
+            value=torch.cat([p.value for p in parts]),
+            relative=torch.cat([p.relative for p in parts]),
+            absolute=torch.cat([p.absolute for p in parts]),
+            steps=torch.cat([p.steps for p in parts]),
+            converged=torch.cat([p.converged for p in parts]),
+            trace=torch.cat(traces, dim=1),
+            nfe=nfe,
+        )
 
 
 class Solver(Protocol):
@@ -99,8 +115,9 @@ class _StepHistory:
         formula then gives s_k = u / (1 - a_{k-1}).
         """
         k = self.count
+        step, row = self.steps[:, k], None
         if k == 0:
-            step, row = g.clone(), None
+            step.copy_(g)
         else:
             past, gram = self.steps[:, :k], self.gram[:, :k, :k]
             dots = torch.bmm(g[:, None], past.transpose(1, 2))[:, 0]  # (B, k), s_j^T g
@@ -108,13 +125,12 @@ class _StepHistory:
             lower[:, :, : k - 1] -= gram[:, :, 1:].tril(-1)
             a = torch.linalg.solve_triangular(lower, dots[:, :, None], upper=False)[:, :, 0]
             inner, denominator = a[:, None, : k - 1], 1 - a[:, k - 1 :]
-            step = torch.baddbmm(g[:, None], inner, past[:, 1:])[:, 0] / denominator
+            torch.div(torch.baddbmm(g[:, None], inner, past[:, 1:])[:, 0], denominator, out=step)
             row = (dots + torch.bmm(inner, gram[:, 1:])[:, 0]) / denominator  # (B, k), s_j^T s_k
         square = torch.linalg.vector_norm(step, dim=1).square()
         usable = torch.isfinite(square)
         keep = usable & active
         step.masked_fill_(~keep[:, None], 0)
-        self.steps[:, k] = step
         self.gram[:, k, k] = torch.where(keep & (square > 0), square, 1)
         if row is not None:
             row = row.masked_fill(~keep[:, None], 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
@@ -65,6 +67,21 @@ class PostFusion(nn.Module):
         return lambda x: self.norm(conv(rectify(x)))
 
 
+@dataclass(frozen=True)
+class BoundTransformation:
+    """f_theta of one batch on the flat state (B, D): weights, injection and dropout masks are in place."""
+
+    apply: Callable[[Tensor, slice], Tensor]
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """f of the whole batch."""
+        return self.apply(state, slice(None))
+
+    def rows(self, rows: slice) -> Map:
+        """f of these samples alone."""
+        return lambda state: self.apply(state, rows)
+
+
 class Transformation(nn.Module):
     """f_theta(z; x) for n scales.
 
@@ -102,7 +119,7 @@ class Transformation(nn.Module):
             PostFusion(c, groups=groups // 2, affine=post_fusion_affine, weight_norm=weight_norm) for c in channels
         )
 
-    def bind(self, x: Tensor, scales: Scales, softplus: float | None = None) -> Map:
+    def bind(self, x: Tensor, scales: Scales, softplus: float | None = None) -> BoundTransformation:
         """f on the flat state (B, D), for the injection `x` (B, C_1, H, W).
 
         Weight normalisation and, in training mode, the dropout masks are computed here, once a solve.
@@ -112,11 +129,11 @@ class Transformation(nn.Module):
         fusion = [[self.fusion[j][i].bind() if i != j else None for i in range(n)] for j in range(n)]  # type: ignore[index]
         post = [layer.bind(softplus) for layer in self.post]  # type: ignore[operator]
 
-        def f(state: Tensor) -> Tensor:
-            features = [block(z) for block, z in zip(blocks, scales.split(state), strict=True)]
+        def f(state: Tensor, rows: slice) -> Tensor:
+            features = [block(z, rows) for block, z in zip(blocks, scales.split(state), strict=True)]
             return scales.flatten([post[j](self._fuse(features, fusion[j], j)) for j in range(n)])
 
-        return f
+        return BoundTransformation(f)
 
     def _fuse(self, features: list[Tensor], incoming: list[Features | None], j: int) -> Tensor:
         """The sum at scale j of what all scales send there, (B, C_j, H_j, W_j)."""

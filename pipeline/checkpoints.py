@@ -29,6 +29,7 @@ from mdeq import (
     MDEQConfig,
     Network,
     Phantom,
+    Reversible,
     SegmentationHeadConfig,
 )
 from mdeq.baselines import NarrowResNet18, ResNetConfig
@@ -37,7 +38,7 @@ FORMAT = 1
 
 _SETTINGS = (
     MDEQConfig, ResNetConfig, ClassificationHeadConfig, SegmentationHeadConfig,
-    Broyden, Anderson, FixedPoint, Gmres, Implicit, Phantom,
+    Broyden, Anderson, FixedPoint, Gmres, Implicit, Phantom, Reversible,
 )  # fmt: skip
 _BY_KIND: dict[str, type] = {cls.__dataclass_fields__["kind"].default: cls for cls in _SETTINGS}  # type: ignore[attr-defined]
 
@@ -54,7 +55,7 @@ class Architecture:
     head: ClassificationHeadConfig | SegmentationHeadConfig | None
     classes: int
     forward: Broyden | Anderson | FixedPoint | None = None
-    backward: Implicit | Phantom | None = None
+    backward: Implicit | Phantom | Reversible | None = None
 
     def build(self) -> nn.Module:
         """A freshly initialised network."""

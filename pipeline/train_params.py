@@ -20,6 +20,7 @@ from mdeq import (
     Implicit,
     MDEQConfig,
     Phantom,
+    Reversible,
     SegmentationHeadConfig,
 )
 from mdeq.baselines import ResNetConfig
@@ -47,7 +48,8 @@ ForwardParams = Annotated[BroydenParams | AndersonParams | FixedPointParams, Fie
 AdjointParams = Annotated[BroydenParams | AndersonParams | FixedPointParams | GmresParams, Field(discriminator="kind")]
 ImplicitParams = Annotated[Implicit, Ranges(solver=AdjointParams)]
 PhantomParams = Annotated[Phantom, Ranges(steps=Natural, damping=Field(gt=0, le=1))]
-BackwardParams = Annotated[ImplicitParams | PhantomParams, Field(discriminator="kind")]
+ReversibleParams = Annotated[Reversible, Ranges(steps=Natural, damping=Field(gt=0, lt=1))]
+BackwardParams = Annotated[ImplicitParams | PhantomParams | ReversibleParams, Field(discriminator="kind")]
 
 _Channels = Annotated[tuple[Annotated[int, Natural], ...], Field(min_length=1)]
 MDEQParams = Annotated[

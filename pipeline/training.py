@@ -343,7 +343,7 @@ def _update(
         values["solver/nfe"] = float(solution.nfe)
         values["solver/converged"] = float(solution.converged.float().mean())
     if adjoint:
-        values["solver/backward_residual"] = float(adjoint[-1].relative.mean())
+        values["solver/backward_residual"] = float(adjoint[-1].relative.mean())  # Reversible: of the way back
         values["solver/backward_nfe"] = float(adjoint[-1].nfe)
     return values
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from mdeq import Anderson, Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, Phantom
+from mdeq import (
+    Anderson,
+    Broyden,
+    ClassificationHeadConfig,
+    Gmres,
+    Implicit,
+    MDEQConfig,
+    Network,
+    Phantom,
+    Reversible,
+)
 from mdeq.equilibrium import equilibrium, unroll
 
 TIGHT = Broyden(steps=80, tolerance=1e-13)
@@ -168,3 +178,40 @@ def test_softplus_of_great_curvature_is_the_relu():
     relu = network(image, unroll_steps=3).logits
     torch.testing.assert_close(network(image, unroll_steps=3, softplus=1e7).logits, relu, rtol=1e-4, atol=1e-5)
     assert (network(image, unroll_steps=3, softplus=1.0).logits - relu).abs().max() > 1e-5
+
+
+class Rows:
+    """The f of a `Contraction` that can be had for some samples alone."""
+
+    def __init__(self, model, x):
+        self.model, self.x = model, x
+
+    def __call__(self, z):
+        return self.model.bind(self.x)(z)
+
+    def rows(self, rows):
+        return self.model.bind(self.x[rows])
+
+
+@pytest.mark.parametrize("rule", [*RULES, Phantom(5, 0.5), Reversible(6, 0.4)])
+def test_a_batch_solved_in_parts_is_the_batch(problem, rule):
+    model, x, z0, direction = problem
+    results, adjoints = [], []
+    for at_once in (None, 2):
+        model.zero_grad()
+        z, solution = equilibrium(Rows(model, x), z0, TIGHT, rule, adjoints.append, at_once)
+        (z * direction).sum().backward()
+        results.append(
+            [z, solution.value, solution.relative, solution.steps, model.w.grad.clone(), model.u.grad.clone()]
+        )
+        assert solution.trace.shape == (solution.nfe, len(x))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
+    if adjoints:
+        torch.testing.assert_close(adjoints[1].value, adjoints[0].value, rtol=1e-9, atol=1e-9)
+
+
+def test_parts_need_an_f_that_has_rows(problem):
+    model, x, z0, _ = problem
+    with pytest.raises(TypeError, match="at_once"):
+        equilibrium(model.bind(x), z0, TIGHT, RULES[0], at_once=1)

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mdeq import Implicit, MDEQConfig, Network, Phantom, Prediction, Solution
+from mdeq import Implicit, MDEQConfig, Network, Phantom, Prediction, Reversible, Solution
 from mdeq.baselines import NarrowResNet18, ResNetConfig
 from pipeline import figures, tracking
 from pipeline.machine import Machine
@@ -83,8 +83,8 @@ def build(model: BenchmarkModel, seed: int) -> nn.Module:
     return network.train()
 
 
-def _to_the_limit(backward: Implicit | Phantom) -> Implicit | Phantom:
-    if isinstance(backward, Phantom):
+def _to_the_limit(backward: Implicit | Phantom | Reversible) -> Implicit | Phantom | Reversible:
+    if not isinstance(backward, Implicit):
         return backward
     return replace(backward, solver=replace(backward.solver, tolerance=0.0))
 
