@@ -227,12 +227,21 @@ def draw_gradients(report: dict[str, Any]) -> Figure:
     """Cosine and norm ratio of each rule, at a converged equilibrium and at that of 18 evaluations."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.8), layout="constrained", sharey="row")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 6.8), layout="constrained", sharey="row")
     where = {"converged": "at a converged z*", "budget": f"at the z* of {BUDGET} evaluations"}
+    axes[0, 0].set_ylim(1e-9, 2)  # before anything is drawn: the labels' places depend on it
+    axes[1, 0].set_ylim(0, 2)
     for column, (key, title) in enumerate(where.items()):
-        curves = report["gradients"][key]
-        _lines(axes[0, column], curves, "products", "cosine", f"cosine to the exact gradient, {title}", "")
-        _lines(axes[1, column], curves, "products", "norm_ratio", "its norm, relative", "products with Jᵀ", log=True)
+        curves = {
+            name: curve | {"distance": [max(1 - cosine, 1e-9) for cosine in curve["cosine"]]}
+            for name, curve in report["gradients"][key].items()
+        }
+        _lines(
+            axes[0, column], curves, "products", "distance", f"1 - cosine to the exact gradient, {title}", "", log=True
+        )
+        _lines(
+            axes[1, column], curves, "products", "norm_ratio", "norm relative to the exact one's", "products with Jᵀ"
+        )
         axes[1, column].axhline(1, color="#8a9099", linewidth=0.8)
     return figure
 
@@ -245,16 +254,21 @@ def _lines(axes: Axes, curves: dict[str, Curve], x: str, y: str, title: str, lab
         axes.set_yscale("log")
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(label)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     ends = {
         name: axes.transAxes.inverted().transform(axes.transData.transform((0, curve[y][-1])))[1]
         for name, curve in curves.items()
     }
-    height = -1.0
-    for name, end in sorted(ends.items(), key=lambda item: item[1]):
-        height = max(end, height + 0.065)
-        axes.text(1.02, height, name, transform=axes.transAxes, color=COLOURS[name], fontsize=8.5, va="center")
+    names = sorted(ends, key=ends.__getitem__)
+    for i, name in enumerate(names[1:]):
+        ends[name] = max(ends[name], ends[names[i]] + 0.065)
+    excess = max(0.0, ends[names[-1]] - 1)  # labels of curves that end at the top go down
+    for name in names:
+        axes.text(
+            1.02, ends[name] - excess, name, transform=axes.transAxes, color=COLOURS[name], fontsize=8.5, va="center"
+        )
 
 
 def _save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
