@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint schema ui clean
+.PHONY: help setup repro repro-all test lint schema ui clean
 
 # The first Python on PATH that is new enough; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
@@ -30,6 +30,10 @@ repro: $(STAMP)  ## Run every stage that is not up to date, then print the resul
 	@python -m pipeline check
 	@dvc repro
 	@python -m pipeline show
+
+repro-all: $(STAMP)  ## The same with params/all.yaml: a small instance of every system that the paper compares
+	@[ -e params.yaml.kept ] || cp params.yaml params.yaml.kept; trap 'mv params.yaml.kept params.yaml' EXIT; \
+	cp params/all.yaml params.yaml; python -m pipeline check; dvc repro; python -m pipeline show
 
 test: $(STAMP)  ## Run the tests
 	@python -m pytest $(ARGS)

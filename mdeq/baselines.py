@@ -1,13 +1,34 @@
-"""Explicit models that the paper compares with: ResNet-18 for small images, of any width."""
+"""The models that the paper compares with: ResNet-18 of any width, neural ODEs, and explicit models of other libraries.
+
+The other libraries are imported when a model of theirs is built, by the name that `ExplicitConfig` gives.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdeq.heads import SegmentationHead, SegmentationHeadConfig
 from mdeq.model import Prediction
+
+CLASSIFIERS = {
+    **dict.fromkeys(("alexnet", "resnet18", "resnet34", "resnet50", "resnet101"), "torchvision"),
+    **dict.fromkeys(("wide_resnet50_2", "densenet121"), "torchvision"),
+    **dict.fromkeys(("densenet264d", "hrnet_w18"), "timm"),
+}
+"""The library of each classifier that `ExplicitConfig` may name (Table 2, Figure 4b)."""
+
+SEGMENTERS = {
+    **dict.fromkeys(("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"), "torchvision"),
+    **dict.fromkeys(("hrnet_w18_small_v2", "hrnet_w48"), "timm"),
+    **dict.fromkeys(("DeepLabV3Plus_mobilenet_v2", "PSPNet_resnet101", "UnetPlusPlus_resnet101"), "smp"),
+}
+"""Likewise the segmentation models (Table 3): torchvision's FCN and DeepLabv3 read dilated ResNets, HRNetV2 is timm's
+backbone under a head over all of its scales, smp is segmentation-models-pytorch."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,72 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError("width: must be at least 1")
+
+
+@dataclass(frozen=True)
+class NeuralODEConfig:
+    """A neural ODE on images, without or with augmented channels (Dupont et al., NeurIPS 2019, as in Table 1).
+
+    Args:
+        filters: Of the inner convolution of the dynamics; 125 makes 172K parameters, as do 64 with ten more channels.
+        augmented: Channels of zeros appended to the image: 0 for a plain neural ODE, 10 for the augmented one.
+        tolerance: Relative and absolute, of the adaptive Dormand-Prince solver and its adjoint.
+        image: Height and width: the classifier reads every pixel of the final state.
+    """
+
+    filters: int = 125
+    augmented: int = 0
+    tolerance: float = 1e-3
+    image: int = 32
+    kind: Literal["neural_ode"] = "neural_ode"
+
+
+@dataclass(frozen=True)
+class ExplicitConfig:
+    """An explicit model that another library keeps.
+
+    Args:
+        name: One of `CLASSIFIERS` or `SEGMENTERS`.
+        weights: `default` begins with the library's ImageNet weights, a segmentation model in its backbone alone.
+        small_input: For 32 x 32 images: the first convolution 3x3 without stride, and no pooling after it.
+    """
+
+    name: str
+    weights: Literal["default"] | None = None
+    small_input: bool = False
+    kind: Literal["explicit"] = "explicit"
+
+    def __post_init__(self) -> None:
+        if self.name not in CLASSIFIERS | SEGMENTERS:
+            raise ValueError(f"name: must be one of {', '.join(CLASSIFIERS | SEGMENTERS)}, not {self.name!r}")
+        if self.small_input and not self.name.startswith(("resnet", "densenet1")):
+            raise ValueError(f"small_input: is for torchvision's ResNets and DenseNets, not for {self.name}")
+
+    @property
+    def segments(self) -> bool:
+        """Whether it labels pixels."""
+        return self.name in SEGMENTERS
+
+
+BaselineConfig = ResNetConfig | NeuralODEConfig | ExplicitConfig
+
+
+def build(config: BaselineConfig, classes: int, *, fetch: bool = False) -> nn.Module:
+    """The model of a configuration, which gives a `Prediction` for images (B, 3, H, W).
+
+    Args:
+        config: Which.
+        classes: Of the logits.
+        fetch: Whether weights that the configuration names are fetched; else the weights are drawn.
+
+    Raises:
+        ImportError: if the library that keeps it is not installed.
+        OSError: if the weights cannot be fetched.
+        ValueError: if the library keeps no weights of it, or only for another number of classes.
+    """
+    if isinstance(config, ResNetConfig):
+        return NarrowResNet18(config, classes)
+    return NeuralODE(config, classes) if isinstance(config, NeuralODEConfig) else Explicit(config, classes, fetch=fetch)
 
 
 class BasicBlock(nn.Module):
@@ -72,3 +159,103 @@ class NarrowResNet18(nn.Module):
         """Return the logits (B, classes) of images (B, 3, H, W)."""
         features = self.pool(self.stages(self.stem(image))).flatten(1)
         return Prediction(self.linear(features), None)
+
+
+class NeuralODE(nn.Module):
+    """dz/dt = c(z) from the (augmented) image at t = 0; a linear map of z(1) classifies.
+
+    Gradients come from the adjoint equation, in constant memory. Steps are chosen for a batch as a whole, so that a
+    prediction depends a little, within the tolerance, on its neighbours.
+    """
+
+    def __init__(self, config: NeuralODEConfig, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        channels = 3 + config.augmented
+        self.dynamics = Dynamics(channels, config.filters)
+        self.linear = nn.Linear(channels * config.image**2, classes)
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Logits (B, classes) of images (B, 3, image, image)."""
+        from torchdiffeq import odeint_adjoint
+
+        z = F.pad(image, (0, 0, 0, 0, 0, self.config.augmented))
+        times = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
+        tolerance = self.config.tolerance
+        states: Any = odeint_adjoint(self.dynamics, z, times, rtol=tolerance, atol=tolerance, method="dopri5")
+        return Prediction(self.linear(states[-1].flatten(1)), None)
+
+
+class Dynamics(nn.Module):
+    """c(z): 1x1, 3x3 and 1x1 convolutions, ReLU between them."""
+
+    def __init__(self, channels: int, filters: int) -> None:
+        super().__init__()
+        first, middle = nn.Conv2d(channels, filters, 1), nn.Conv2d(filters, filters, 3, padding=1)
+        self.layers = nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(filters, channels, 1))
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        """dz/dt (B, C, H, W), whatever the time."""
+        return self.layers(z)
+
+
+class Explicit(nn.Module):
+    """A model of torchvision, timm or segmentation-models-pytorch."""
+
+    def __init__(self, config: ExplicitConfig, classes: int, *, fetch: bool = False) -> None:
+        """Build it; see `build` for what is raised."""
+        super().__init__()
+        library = (CLASSIFIERS | SEGMENTERS)[config.name]
+        makers = {"torchvision": _torchvision, "timm": _timm, "smp": _smp}
+        self.network: nn.Module = makers[library](config, classes, fetch and config.weights is not None)
+        if config.small_input:
+            _keep_resolution(self.network)
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Logits (B, classes), or (B, classes, h, w) of a segmentation model, for images (B, 3, H, W)."""
+        logits = self.network(image)
+        return Prediction(logits["out"] if isinstance(logits, dict) else logits, None)
+
+
+def _torchvision(config: ExplicitConfig, classes: int, fetch: bool) -> nn.Module:
+    from torchvision.models import get_model
+
+    weights = "DEFAULT" if fetch else None
+    if config.segments:
+        return get_model(config.name, weights=None, weights_backbone=weights, num_classes=classes)
+    if fetch and classes != 1000:
+        raise ValueError(f"weights: {config.name}'s are for ImageNet's 1000 classes, the data have {classes}")
+    return get_model(config.name, weights=weights, num_classes=classes)
+
+
+def _timm(config: ExplicitConfig, classes: int, fetch: bool) -> nn.Module:
+    import timm  # pyright: ignore[reportMissingImports]
+
+    try:
+        if not config.segments:
+            return timm.create_model(config.name, pretrained=fetch, num_classes=classes)
+        features = timm.create_model(
+            config.name, pretrained=fetch, features_only=True, feature_location="", out_indices=(1, 2, 3, 4)
+        )
+    except RuntimeError as error:
+        raise ValueError(f"weights: {error}") from error
+    widths = features.feature_info.channels()
+    return nn.Sequential(features, SegmentationHead(SegmentationHeadConfig(), widths, classes, momentum=0.1))
+
+
+def _smp(config: ExplicitConfig, classes: int, fetch: bool) -> nn.Module:
+    import segmentation_models_pytorch as smp  # pyright: ignore[reportMissingImports]
+
+    architecture, _, encoder = config.name.partition("_")
+    maker = getattr(smp, architecture)
+    return maker(encoder_name=encoder, encoder_weights="imagenet" if fetch else None, classes=classes)
+
+
+def _keep_resolution(network: Any) -> None:
+    """Make a ResNet or DenseNet begin with a 3x3 convolution at the image's own resolution."""
+    stem, convolution, pool = (
+        (network.features, "conv0", "pool0") if hasattr(network, "features") else (network, "conv1", "maxpool")
+    )
+    width = getattr(stem, convolution).out_channels
+    setattr(stem, convolution, nn.Conv2d(3, width, 3, padding=1, bias=False))
+    setattr(stem, pool, nn.Identity())

@@ -44,8 +44,8 @@ class Convolution(nn.Module):
         return lambda x: F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
-def variational_dropout(like: Tensor, channels: int, p: float) -> Tensor:
-    """One mask a sample and channel, (B, channels, 1, 1), scaled by 1 / (1 - p), for all calls of f (Sec. 3.3)."""
+def dropout_mask(like: Tensor, channels: int, p: float) -> Tensor:
+    """One Bernoulli draw a sample and channel, (B, channels, 1, 1), scaled by 1 / (1 - p) (Sec. 3.3)."""
     return like.new_empty(like.shape[0], channels, 1, 1).bernoulli_(1 - p).div_(1 - p)
 
 
@@ -64,12 +64,15 @@ class ResidualBlock(nn.Module):
         expansion: k.
         groups: Of the three group norms.
         dropout: Probability of dropping a channel.
+        variational: Whether the dropout mask is drawn once a solve, else at every call (Sec. 3.3).
         weight_norm: Whether both convolutions are weight-normalised.
     """
 
-    def __init__(self, channels: int, *, expansion: int, groups: int, dropout: float, weight_norm: bool) -> None:
+    def __init__(
+        self, channels: int, *, expansion: int, groups: int, dropout: float, variational: bool, weight_norm: bool
+    ) -> None:
         super().__init__()
-        self.channels, self.dropout = channels, dropout
+        self.channels, self.dropout, self.variational = channels, dropout, variational
         self.conv1 = Convolution(channels, expansion * channels, 3, weight_norm=weight_norm)
         self.norm1 = nn.GroupNorm(groups, expansion * channels)
         self.conv2 = Convolution(expansion * channels, channels, 3, weight_norm=weight_norm)
@@ -83,12 +86,12 @@ class ResidualBlock(nn.Module):
         """
         conv1, conv2, last = self.conv1.bind(), self.conv2.bind(), rectifier(softplus)
         dropping = self.training and self.dropout > 0
-        mask = variational_dropout(x, self.channels, self.dropout) if dropping else None
+        fixed = dropout_mask(x, self.channels, self.dropout) if dropping and self.variational else None
 
         def block(z: Tensor, rows: slice) -> Tensor:
             hidden = conv2(self.norm1(conv1(z)).relu_())
-            if mask is not None:
-                hidden = hidden * mask[rows]
+            if dropping:
+                hidden = hidden * (dropout_mask(z, self.channels, self.dropout) if fixed is None else fixed[rows])
             if inject:
                 hidden = hidden + x[rows]
             return self.norm3(last(self.norm2(hidden) + z))

@@ -36,12 +36,14 @@ class MDEQConfig:
         expansion: k of the residual blocks.
         groups: Of the group norms; must divide every C_i and be even.
         downsamplings: How many of the stem's two convolutions have stride 2.
-        dropout: Variational dropout of the residual blocks.
+        dropout: Of the residual blocks.
+        variational: Whether one dropout mask serves a whole solve, else each evaluation of f draws its own (Sec. 3.3).
         weight_norm: Whether the convolutions of blocks and post-fusion are weight-normalised.
         post_fusion_affine: Whether the group norms after the fusion learn scale and shift.
         upsampling: `nearest` (published weights) or `bilinear` (the paper's text).
         batch_norm_momentum: Of stem and head.
         train_output: What the head reads in training: `f(z*)` as published, or `z*`. In evaluation always z*.
+        unrolled: Apply f that many times from 0 instead of solving, always: an explicit, weight-tied network (Table 2).
     """
 
     channels: tuple[int, ...] = (24, 24)
@@ -49,11 +51,13 @@ class MDEQConfig:
     groups: int = 8
     downsamplings: int = 0
     dropout: float = 0.0
+    variational: bool = True
     weight_norm: bool = True
     post_fusion_affine: bool = False
     upsampling: Upsampling = "nearest"
     batch_norm_momentum: float = 0.1
     train_output: Literal["f(z*)", "z*"] = "f(z*)"
+    unrolled: int | None = None
     kind: Literal["mdeq"] = "mdeq"
 
     def __post_init__(self) -> None:
@@ -120,6 +124,7 @@ class MDEQ(nn.Module):
             expansion=config.expansion,
             groups=config.groups,
             dropout=config.dropout,
+            variational=config.variational,
             weight_norm=config.weight_norm,
             post_fusion_affine=config.post_fusion_affine,
             upsampling=config.upsampling,
@@ -142,6 +147,7 @@ class MDEQ(nn.Module):
             jacobian_probes: Estimate the Jacobian regulariser with that many probes.
         """
         f, z0, scales = self.fixed_point_problem(image, softplus=softplus)
+        unroll_steps = unroll_steps or self.config.unrolled
         if unroll_steps is not None:
             z, solution = unroll(f, z0, unroll_steps), None
         else:

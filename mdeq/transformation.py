@@ -90,6 +90,7 @@ class Transformation(nn.Module):
         expansion: k, the width of the residual blocks in multiples of C_i.
         groups: Of every group norm but those after the fusion, which have half as many.
         dropout: Of the residual blocks.
+        variational: Whether that dropout's mask is drawn once a solve.
         weight_norm: On the blocks' and the post-fusion convolutions.
         post_fusion_affine: Whether the norms after the fusion learn scale and shift.
         upsampling: `nearest` as in the published weights, `bilinear` as in the paper's text.
@@ -102,6 +103,7 @@ class Transformation(nn.Module):
         expansion: int,
         groups: int,
         dropout: float,
+        variational: bool,
         weight_norm: bool,
         post_fusion_affine: bool,
         upsampling: Upsampling,
@@ -109,7 +111,14 @@ class Transformation(nn.Module):
         super().__init__()
         self.channels, self.upsampling = channels, upsampling
         self.blocks = nn.ModuleList(
-            ResidualBlock(c, expansion=expansion, groups=groups, dropout=dropout, weight_norm=weight_norm)
+            ResidualBlock(
+                c,
+                expansion=expansion,
+                groups=groups,
+                dropout=dropout,
+                variational=variational,
+                weight_norm=weight_norm,
+            )
             for c in channels
         )
         self.fusion = nn.ModuleList(

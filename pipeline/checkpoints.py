@@ -31,13 +31,14 @@ from mdeq import (
     Phantom,
     Reversible,
     SegmentationHeadConfig,
+    baselines,
 )
-from mdeq.baselines import NarrowResNet18, ResNetConfig
+from mdeq.baselines import BaselineConfig, ExplicitConfig, NeuralODEConfig, ResNetConfig
 
 FORMAT = 1
 
 _SETTINGS = (
-    MDEQConfig, ResNetConfig, ClassificationHeadConfig, SegmentationHeadConfig,
+    MDEQConfig, ResNetConfig, NeuralODEConfig, ExplicitConfig, ClassificationHeadConfig, SegmentationHeadConfig,
     Broyden, Anderson, FixedPoint, Gmres, Implicit, Phantom, Reversible,
 )  # fmt: skip
 _BY_KIND: dict[str, type] = {cls.__dataclass_fields__["kind"].default: cls for cls in _SETTINGS}  # type: ignore[attr-defined]
@@ -51,16 +52,16 @@ class CheckpointError(Exception):
 class Architecture:
     """All that rebuilds a network: it travels in the checkpoint, so what builds on a model never asks params.yaml."""
 
-    model: MDEQConfig | ResNetConfig
+    model: MDEQConfig | BaselineConfig
     head: ClassificationHeadConfig | SegmentationHeadConfig | None
     classes: int
     forward: Broyden | Anderson | FixedPoint | None = None
     backward: Implicit | Phantom | Reversible | None = None
 
-    def build(self) -> nn.Module:
-        """A freshly initialised network."""
-        if isinstance(self.model, ResNetConfig):
-            return NarrowResNet18(self.model, self.classes)
+    def build(self, *, fetch: bool = False) -> nn.Module:
+        """A freshly initialised network; `fetch`, and what is raised, as of `mdeq.baselines.build`."""
+        if not isinstance(self.model, MDEQConfig):
+            return baselines.build(self.model, self.classes, fetch=fetch)
         if self.head is None:
             raise ValueError("head: an MDEQ needs one")
         return Network(self.model, self.head, self.classes, self.forward or Broyden(), self.backward or Implicit())

@@ -189,6 +189,26 @@ def show() -> None:
 
 
 @app.command(rich_help_panel="Around them")
+def strip(
+    weights: Annotated[Path, typer.Argument(help="A model.pt of `finetune`.", dir_okay=False, exists=True)],
+    folder: Annotated[Path, typer.Argument(help="A video's frames, as pictures.", file_okay=False, exists=True)],
+    count: Annotated[int, typer.Option(min=1, help="Frames shown.")] = 5,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("strip.png"),
+    device: Device = None,
+) -> None:
+    """Draw frames of a video with their predicted classes below (Appendix C).
+
+    Example: `python -m pipeline strip results/finetune/mdeq-small/model.pt frames/`
+    """
+    with _reported():
+        from pipeline import strip as drawing
+        from pipeline.machine import Machine
+
+        drawing.draw(weights, folder, count, out, Machine.from_environment(device))
+        typer.echo(out)
+
+
+@app.command(rich_help_panel="Around them")
 def import_weights(
     file: Annotated[Path, typer.Argument(help="The authors' checkpoint, of either release.", dir_okay=False)],
     model: Annotated[str, typer.Option(help="<set>-<name> of params/paper.yaml, as imagenet-mdeq-small.")],

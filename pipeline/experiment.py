@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.checkpoints import Architecture, CheckpointError, RunState, checksum, load_model, save_model
+from pipeline.data.loading import Keys
 from pipeline.training import Recipe, Row, Task, TrainingError, train
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def run(
         tracker.dataset(dataset, summary["manifest"], summary["source"])
         for seed in params.seeds:
             torch.manual_seed(seed)
-            model = architecture.build()
+            model = _build(architecture, f"{stage}.{name}")
             if backbone is not None:
                 tracker.tag("builds_on", load_backbone(model, backbone) or "unknown")
             prefix = f"seed-{seed}/" if len(params.seeds) > 1 else ""
@@ -99,6 +101,7 @@ def run(
             if seed == params.seeds[0]:
                 save_model(out / "model.pt", architecture, model, meta)
         metrics = _metrics(histories, sum(p.numel() for p in model.parameters()))
+        metrics["flops"] = flops(model, first.validation[Keys(0, [0])][0].to(machine.device))
         facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
         setting = {"seeds": params.seeds, "batch": params.batch, "epochs": params.epochs, "run": tracker.run_id}
         _write(out, histories, {**metrics, **facts, **setting})
@@ -153,6 +156,24 @@ def _recipe(params: TrainParams) -> Recipe:
 
 def _architecture(params: TrainParams, classes: int) -> Architecture:
     return Architecture(params.model, params.head, classes, params.forward, params.backward)
+
+
+def _build(architecture: Architecture, section: str) -> nn.Module:
+    try:
+        return architecture.build(fetch=True)
+    except ImportError as error:
+        raise TrainingError(f"params.yaml: {section}.model.name: {error}; run `pip install '.[explicit]'`") from error
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"params.yaml: {section}.model.weights: cannot be fetched ({error}); set it to null, and epochs to train it"
+        ) from error
+
+
+def flops(model: nn.Module, images: Tensor) -> float:
+    """Floating-point operations of a prediction, two for a multiplication with its addition, the solver's included."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(images)
+    return float(counter.get_total_flops())
 
 
 def _check_warm_up(stage: str, name: str, recipe: Recipe, samples: int) -> None:

@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 BLUE, YELLOW, GREEN, RED, PURPLE, GREY = "#2f7fd1", "#e0a100", "#2f9e77", "#d1495b", "#8b6cc9", "#8a9099"
-CYCLE = (BLUE, RED, GREEN, PURPLE, YELLOW, GREY)
+CYCLE = (BLUE, RED, GREEN, PURPLE, YELLOW, GREY, "#1aa3a3", "#7a4b2a", "#e07bb5", "#4a5bd0")
 SOLVER_COLOURS = {"broyden": BLUE, "fixed_point": YELLOW, "anderson": GREEN}
 SOLVER_NAMES = {"broyden": "Broyden", "fixed_point": "iterating f", "anderson": "Anderson"}
 INK = "#1b1f23"
@@ -134,9 +134,9 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
 
 
 def accuracy_by_epoch(histories: Mapping[str, pd.DataFrame], measure: str, ylabel: str) -> Figure:
-    """Figure 4a's axes: one validation measure against the epoch, a line a model."""
+    """Figure 4a's axes: one validation measure against the epoch, a line a model, a band of one deviation of seeds."""
     with _style():
-        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        figure = Figure(figsize=(7.4, 3.8), layout="constrained")
         axes = figure.subplots()
         for index, (name, history) in enumerate(histories.items()):
             if measure in history and bool(history[measure].notna().any()):
@@ -144,8 +144,60 @@ def accuracy_by_epoch(histories: Mapping[str, pd.DataFrame], measure: str, ylabe
         axes.set(xlabel="epoch", ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower right")
+            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
     return figure
+
+
+def figure5_scales(traces: Mapping[str, pd.DataFrame]) -> Figure:
+    """The residual of each scale in Broyden's method, means over the batches: a column a data set, a line a scale."""
+    with _style():
+        figure = Figure(figsize=(3.4 * len(traces) + 0.6, 3.2), layout="constrained")
+        cells = figure.subplots(1, len(traces), squeeze=False, sharey="row")[0]
+        for axes, (name, trace) in zip(cells, traces.items(), strict=True):
+            means: Any = trace[trace["solver"] == "broyden"].groupby("evaluation").mean(numeric_only=True)
+            for index, column in enumerate(c for c in means if c.startswith("residual_")):
+                axes.plot(means.index, means[column], color=CYCLE[index], label=f"scale {index + 1}")
+            _log(axes)
+            axes.set(title=name, xlabel="evaluations of f")
+            axes.legend(loc="best")
+        cells[0].set_ylabel(r"$\Vert f(z)_i - z_i\Vert \, / \, \Vert f(z)_i\Vert$")
+    return figure
+
+
+def figure5_training(histories: Mapping[str, pd.DataFrame]) -> Figure:
+    """The validation's mean residual after 2, 4, 8, ... evaluations by epoch: a column a model, a line a number."""
+    start = "solver/residual_after_"
+    with _style():
+        figure = Figure(figsize=(3.4 * len(histories) + 0.6, 3.2), layout="constrained")
+        cells = figure.subplots(1, len(histories), squeeze=False)[0]
+        for axes, (name, history) in zip(cells, histories.items(), strict=True):
+            for index, column in enumerate(c for c in history if c.startswith(start)):
+                _curve(axes, history, column, CYCLE[index], column.removeprefix(start))
+            _log(axes)
+            axes.set(title=name, xlabel="epoch")
+            axes.legend(loc="best", title="evaluations")
+        cells[0].set_ylabel("residual, the one that stops")
+    return figure
+
+
+def accuracy_by_steps(curves: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Test accuracy against the solver's limit on steps, a line a model: {model: {"1": accuracy, ...}}."""
+    with _style():
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, curve) in enumerate(curves.items()):
+            steps = [int(step) for step in curve]
+            axes.plot(steps, list(curve.values()), "o-", color=CYCLE[index % len(CYCLE)], label=name, markersize=3.5)
+        axes.set(xlabel="limit on the solver's steps", ylabel="test accuracy, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="lower right")
+    return figure
+
+
+def _log(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
 
 
 def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
@@ -298,10 +350,32 @@ def segmented(
             )  # fmt: skip
         for axes, name in zip(grid[0], ("image", "truth", "prediction", "errors (red)"), strict=True):
             axes.set_title(name, fontsize=9)
-        handles = [Patch(color=tuple(colours[label] / 255)) for label in present]
-        labels = [names[label] for label in present]
-        figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=7.5, handlelength=1.1)
+        _legend(figure, present, names, colours)
     return figure
+
+
+def strip(
+    frames: Sequence[np.ndarray], predictions: Sequence[np.ndarray], names: Sequence[str], colours: np.ndarray
+) -> Figure:
+    """Frames of a video (H, W, 3) from left to right, below them their predicted classes (H, W), as in Appendix C."""
+    height, width = predictions[0].shape
+    present = [int(label) for label in np.unique(np.stack(predictions))]
+    with _style({"axes.grid": False}):
+        side = 3.2
+        size = (side * len(frames), 2 * side * height / width + 0.1 + 0.22 * -(-len(present) // 8))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(2, len(frames), squeeze=False)
+        for axes, picture in zip(grid.flat, [*frames, *(colours[labels] for labels in predictions)], strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+        _legend(figure, present, names, colours)
+    return figure
+
+
+def _legend(figure: Figure, present: Sequence[int], names: Sequence[str], colours: np.ndarray) -> None:
+    handles = [Patch(color=tuple(colours[label] / 255)) for label in present]
+    labels = [names[label] for label in present]
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=7.5, handlelength=1.1)
 
 
 def _measures(history: pd.DataFrame) -> list[str]:
@@ -319,10 +393,12 @@ def _curve(axes: Axes, history: pd.DataFrame, column: str, colour: str, label: s
     style = (0, (3, 2)) if "unrolled" in column else "-"
     drawn = history[history[column].notna()]
     seeds: Any = drawn.groupby("seed") if "seed" in drawn else [(0, drawn)]
-    if len(seeds) > 1:
-        for _, one in seeds:
-            axes.plot(one["epoch"], one[column], color=colour, linewidth=0.7, alpha=0.4, linestyle=style)
     mean: Any = drawn.groupby("epoch")[column].mean()
+    if len(seeds) > 1:
+        spread: Any = drawn.groupby("epoch")[column].std()
+        axes.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.22, linewidth=0)
+        for _, one in seeds:
+            axes.plot(one["epoch"], one[column], color=colour, linewidth=0.5, alpha=0.3, linestyle=style)
     marker = "o" if len(mean) <= 12 else None
     axes.plot(mean.index, mean, color=colour, linestyle=style, label=label, marker=marker, markersize=3.5)
 
@@ -336,9 +412,7 @@ def _bands(axes: Axes, trace: pd.DataFrame, measure: str) -> None:
         # a mean less its deviation may be negative, which a log axis cannot show: no lower than what was seen
         low = np.maximum(mean - std, groups.min())
         axes.fill_between(mean.index, low, mean + std, color=colour, alpha=0.22, linewidth=0)
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    _log(axes)
 
 
 def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[str]) -> None:

@@ -143,9 +143,22 @@ class EvaluateParams(Section):
     steps: int | None = Field(default=None, ge=1, description="the forward solver's limit; null: the one trained with")
     limit: int | None = Field(default=None, ge=1, description="only the first samples of the split; null: all")
     examples: int = Field(default=8, ge=1, le=64, description="predictions shown beside the truth")
+    accuracy_up_to: int | None = Field(
+        default=None, ge=1, description="also the accuracy with each limit of 1, 2, ... this many solver steps"
+    )
+
+
+class EvaluateCityscapes(EvaluateParams):
+    """How segmentation is judged; the paper: at a single scale, without flips."""
+
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
+        default=(1.0,), description="of the image; the probabilities of all are averaged"
+    )
+    flip: bool = Field(default=False, description="average with the mirrored image's probabilities, too")
 
 
 PREPARE = {"cifar10": PrepareCifar10, "imagenet": PrepareImageNet, "cityscapes": PrepareCityscapes}
+EVALUATE = {"cifar10": EvaluateParams, "imagenet": EvaluateParams, "cityscapes": EvaluateCityscapes}
 TRAINED_BY = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
 SOLVING = (*TRAINED_BY.values(), "convergence", "benchmark")
 
@@ -240,7 +253,7 @@ def _section_type(stage: str, instance: str | None) -> type[Section]:
         return train_params.BY_STAGE[stage]
     if stage == "prepare":
         return PREPARE[instance or ""]
-    return EvaluateParams
+    return EVALUATE[instance or ""]
 
 
 def _read(path: Path) -> Any:

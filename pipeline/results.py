@@ -13,9 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.paper import TABLES, Number, Row, Table
+from pipeline.paper import ABLATED, ABLATIONS, TABLE_1, TABLES, Number, Row, Table
 
 NAMES = {"cifar10": "CIFAR-10", "imagenet": "ImageNet", "cityscapes": "Cityscapes"}
+TRAINED_BY = {table.dataset: table.stage for table in TABLES}
 OFFICIAL = {
     "cifar10": {"train": 50_000, "test": 10_000},
     "imagenet": {"train": 1_281_167, "val": 50_000},
@@ -97,11 +98,22 @@ def read(root: Path) -> Results:
 def lines(results: Results, table: Table) -> list[Line]:
     """Every row of the paper's table with ours beside it; models of ours that the paper lacks come last."""
     known = [row.model for row in table.rows if row.model]
+    known += [model for _, models in ABLATIONS for model in models]
     paper = [_line(results, table, row) for row in table.rows]
     trained = sorted({model for stage, model in results.training if stage == table.stage})
     trained += sorted({model for dataset, model in results.evaluation if dataset == table.dataset} - set(trained))
     extra = [Row(model, "", (), model=model) for model in trained if model not in known]
     return paper + [_line(results, table, row) for row in extra]
+
+
+def ablations(results: Results) -> dict[str, list[Line]]:
+    """Of each ablation that was run its title, and the lines of the model it starts from and of its variants."""
+    found = {}
+    for title, models in ABLATIONS:
+        run = [model for model in (ABLATED, *models) if ("classify", model) in results.training]
+        if run not in ([], [ABLATED]):
+            found[title] = [_line(results, TABLE_1, Row(model, "", (), model=model)) for model in run]
+    return found
 
 
 def data_statement(results: Results, dataset: str, facts: Facts) -> tuple[str, bool]:
@@ -150,12 +162,12 @@ def _line(results: Results, table: Table, row: Row) -> Line:
     paper = tuple(number(value) for value in row.values) or ("",) * len(table.measures)
     nothing = ("",) * len(table.measures)
     if row.model is None:
-        return Line(row, "paper only", paper, nothing, f"its number for {row.cited}; not rebuilt here")
+        return Line(row, "paper only", paper, nothing, f"its number for {row.cited}; {row.missing}")
     training = results.training.get((table.stage, row.model), {})
     evaluation = results.evaluation.get((table.dataset, row.model), {})
     if not training and not evaluation:
         command = f"`python -m pipeline {table.stage} {row.model}`"
-        need = row.missing or f"{command} with params/paper.yaml and {NAMES[table.dataset]}"
+        need = f"{command} with params/paper.yaml and {NAMES[table.dataset]}"
         return Line(row, "not run", paper, nothing, need)
     seeds = [int(seed) for seed in training.get("seeds", [])]
     ours = tuple(_ours(key, training, evaluation, len(seeds)) for _, key in table.measures)
@@ -166,7 +178,7 @@ def _line(results: Results, table: Table, row: Row) -> Line:
         status="measured",
         paper=paper,
         ours=ours,
-        note=note,
+        note="; ".join(filter(None, (note, row.differs))),
         comparable=comparable,
         size=_size(training.get("parameters")),
         scale=_scale(training),
@@ -186,9 +198,10 @@ def _ours(key: str, training: Facts, evaluation: Facts, seeds: int) -> str:
 
 
 def _scale(training: Facts) -> str:
-    """How much training it was, where the metrics say."""
-    epochs, images = training.get("epochs"), training.get("train_samples")
-    return f"{epochs} epochs" + (f" of {images:,} images" if images else "") if epochs else ""
+    """How much training it was and what a prediction costs, where the metrics say."""
+    epochs, flops = training.get("epochs"), training.get("flops")
+    trained = "" if epochs is None else f"{epochs} epochs" if epochs else "its library's weights"
+    return "; ".join(filter(None, (trained, f"{flops / 1e9:.3g} GFLOPs an image" if flops else "")))
 
 
 def _size(parameters: Any) -> str:

@@ -9,8 +9,8 @@ import pandas as pd
 
 from pipeline import figures, page
 from pipeline.figures import Drawn
-from pipeline.paper import FIGURE_4B, FIGURE_4B_RELATIVE, TABLES, Table
-from pipeline.results import NAMES, Facts, Line, Results, data_statement, iou_by_class, short_commit
+from pipeline.paper import ABLATED, FIGURE_4B, FIGURE_4B_RELATIVE, TABLES, Table
+from pipeline.results import NAMES, Facts, Line, Results, ablations, data_statement, iou_by_class, short_commit
 
 TITLE = "Multiscale Deep Equilibrium Models: the paper's numbers and ours"
 KINDS = {"measured": "ours", "paper only": "quoted", "not run": "missing"}
@@ -32,7 +32,8 @@ def document(
         ("training", "Training", _training(pictures)),
         ("figure4b", "Time and memory", _benchmark(results, pictures)),
         ("figure5", "Convergence", _convergence(results, pictures)),
-        ("solver", "Solver at test time", _solver(results)),
+        ("solver", "Solver at test time", _solver(results, pictures)),
+        ("ablations", "Ablations", _ablations(results, pictures)),
         ("predictions", "Predictions", _predictions(results)),
         ("data", "Data", _data(results)),
         ("made", "How it was made", _made(results, facts)),
@@ -155,7 +156,8 @@ def _benchmark_cells(name: str, entry: Facts) -> list[str]:
 
 
 def _convergence(results: Results, pictures: dict[str, Drawn]) -> str:
-    content = [_figure(pictures["figure5"], 1000)] if "figure5" in pictures else []
+    drawings = ("figure5", "figure5-scales", "figure5-training")
+    content = [_figure(pictures[name], 1000) for name in drawings if name in pictures]
     rows: list[tuple[str, list[str]]] = []
     for dataset, name in NAMES.items():
         found = results.convergence.get(dataset)
@@ -197,7 +199,7 @@ def _solver_cells(results: Results, dataset: str, found: Facts, solver: str) -> 
     ]
 
 
-def _solver(results: Results) -> str:
+def _solver(results: Results, pictures: dict[str, Drawn]) -> str:
     title = "The solver at test time"
     rows = []
     for (dataset, model), found in results.evaluation.items():
@@ -216,7 +218,32 @@ def _solver(results: Results) -> str:
         return page.section("solver", title, missing)
     headings = ["model", *(heading for _, heading, _ in SOLVER_COLUMNS), "data"]
     lead = "How well the equilibria were found on the evaluation split: |f(z) - z| / |f(z)| of each sample."
-    return page.section("solver", title, page.table(headings, rows, range(1, 6)), lead=lead)
+    curve = [_figure(pictures["accuracy-by-steps"], 700)] if "accuracy-by-steps" in pictures else []
+    return page.section("solver", title, *curve, page.table(headings, rows, range(1, 6)), lead=lead)
+
+
+def _ablations(results: Results, pictures: dict[str, Drawn]) -> str:
+    found = ablations(results)
+    content = [] if found else [_not_run("no ablation was trained", "make repro-all")]
+    for number, (title, lines) in enumerate(found.items(), 1):
+        content.append(f"<h3>{page.escape(title)}</h3>")
+        if f"ablation-{number}" in pictures:
+            content.append(_figure(pictures[f"ablation-{number}"], 700))
+        rows = [("", _ablation_cells(results, line)) for line in lines]
+        headings = ["model", "accuracy,\u00a0%", "residual, mean", "where it ran"]
+        content.append(page.table(headings, rows, [1, 2]))
+    lead = f"What the paper argues in words: each model differs from {ABLATED} in one setting."
+    return page.section("ablations", "Ablations", *content, lead=lead)
+
+
+def _ablation_cells(results: Results, line: Line) -> list[str]:
+    residual = results.evaluation.get(("cifar10", line.row.system), {}).get("solver/relative_residual")
+    return [
+        page.escape(line.row.system),
+        f"<strong>{page.escape(line.ours[0])}</strong>",
+        "–" if residual is None else f"{residual:.2g}",
+        _where(line),
+    ]
 
 
 # ---- pictures

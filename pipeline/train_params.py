@@ -23,9 +23,10 @@ from mdeq import (
     Reversible,
     SegmentationHeadConfig,
 )
-from mdeq.baselines import ResNetConfig
+from mdeq.baselines import ExplicitConfig, NeuralODEConfig, ResNetConfig
 from pipeline.params import (
     TRAINED_BY,
+    EvaluateCityscapes,
     EvaluateParams,
     Name,
     PrepareCifar10,
@@ -61,9 +62,18 @@ MDEQParams = Annotated[
         downsamplings=Field(ge=0, le=2),
         dropout=Field(ge=0, lt=1),
         batch_norm_momentum=Field(gt=0, le=1),
+        unrolled=Natural,
     ),
 ]
 ResNetParams = Annotated[ResNetConfig, Ranges(width=Natural)]
+NeuralODEParams = Annotated[
+    NeuralODEConfig, Ranges(filters=Natural, augmented=Field(ge=0), tolerance=Positive, image=Natural)
+]
+ExplicitParams = Annotated[ExplicitConfig, Ranges()]
+ModelParams = Annotated[
+    MDEQParams | ResNetParams | NeuralODEParams | ExplicitParams,
+    Field(discriminator="kind"),
+]
 ClassificationHeadParams = Annotated[ClassificationHeadConfig, Ranges(channels=_Channels, final_channels=Natural)]
 SegmentationHeadParams = Annotated[SegmentationHeadConfig, Ranges()]
 _Decay = Field(ge=0)
@@ -85,33 +95,35 @@ class Loss(Section):
 
 
 def _check_parts(entry: TrainParams | BenchmarkModel) -> None:
-    """An equilibrium model needs all its parts, and an explicit one has no use for them."""
-    parts = [name for name in ("head", "forward", "backward", "warm_up") if name in type(entry).model_fields]
-    if isinstance(entry.model, MDEQConfig):
-        for name in parts:
-            if getattr(entry, name) is None:
-                raise ValueError(f"{name}: must not be null; an mdeq needs it")
-        scales = len(entry.model.channels)
-        if isinstance(entry.head, ClassificationHeadConfig) and len(entry.head.channels) != scales:
-            raise ValueError(f"head.channels: must have {scales} numbers, one a scale of model.channels")
-        return
-    for name in (*parts, "jacobian"):
+    """An equilibrium model needs all its parts, and one without an equilibrium has no use for them."""
+    solving = ("forward", "backward", "warm_up", "jacobian")
+    mdeq = entry.model if isinstance(entry.model, MDEQConfig) else None
+    needed, unused = ("head",) if mdeq else (), solving if mdeq else ("head", *solving)
+    if mdeq and mdeq.unrolled is None:
+        needed, unused = ("head", "forward", "backward"), ()
+    for name in needed:
+        if getattr(entry, name) is None:
+            raise ValueError(f"{name}: must not be null; an mdeq needs it")
+    for name in unused:
         if getattr(entry, name, None) is not None:
-            raise ValueError(f"{name}: must be null; a {entry.model.kind} has no equilibrium to find")
+            kind = "model with `unrolled`" if mdeq else entry.model.kind
+            raise ValueError(f"{name}: must be null; a {kind} has no equilibrium to find")
+    if mdeq and isinstance(entry.head, ClassificationHeadConfig) and len(entry.head.channels) != len(mdeq.channels):
+        raise ValueError(f"head.channels: must have {len(mdeq.channels)} numbers, one a scale of model.channels")
 
 
 class TrainParams(Section):
     """What every training has."""
 
-    model: MDEQParams | ResNetParams
-    head: ClassificationHeadParams | SegmentationHeadParams | None
-    forward: ForwardParams | None = Field(description="finds the equilibrium")
-    backward: BackwardParams | None = Field(description="differentiates it")
-    warm_up: WarmUpParams | None
+    model: ModelParams
+    head: ClassificationHeadParams | SegmentationHeadParams | None = None
+    forward: ForwardParams | None = Field(default=None, description="finds the equilibrium; of an mdeq alone")
+    backward: BackwardParams | None = Field(default=None, description="differentiates it; of an mdeq alone")
+    warm_up: WarmUpParams | None = None
     jacobian: JacobianParams | None = None
     optimizer: OptimizerParams
     batch: int = Field(ge=1, description="samples an update, over all devices")
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=0, description="0: only validated, with a library's weights")
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
         default=[0],
         description="one training each; metrics are their mean and spread, the model is the first one's",
@@ -125,33 +137,42 @@ class TrainParams(Section):
         _check_parts(self)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: must differ from each other, not {self.seeds}")
+        explicit = self.model if isinstance(self.model, ExplicitConfig) else None
+        if self.epochs == 0 and (explicit is None or explicit.weights is None or explicit.segments):
+            raise ValueError("epochs: must be at least 1; 0 is for a classifier with `weights: default`")
+        if explicit and explicit.segments != isinstance(self, FinetuneParams):
+            raise ValueError(f"model.name: {explicit.name} labels {'pixels' if explicit.segments else 'images'}")
         return self
 
 
 class ClassifyParams(TrainParams):
     """CIFAR-10 (Table 1)."""
 
-    model: MDEQParams | ResNetParams = Field(discriminator="kind")
-    head: ClassificationHeadParams | None
+    head: ClassificationHeadParams | None = None
 
 
 class PretrainParams(TrainParams):
     """ImageNet (Table 2)."""
 
-    model: MDEQParams | ResNetParams = Field(discriminator="kind")
-    head: ClassificationHeadParams | None
+    head: ClassificationHeadParams | None = None
     image: int = Field(ge=8, description="height and width of the crops")
 
 
 class FinetuneParams(TrainParams):
     """Cityscapes (Table 3)."""
 
-    model: MDEQParams
-    head: SegmentationHeadParams
+    model: MDEQParams | ExplicitParams = Field(discriminator="kind")
+    head: SegmentationHeadParams | None = None
     loss: Loss
     crop: Size
     test_size: Size | None = Field(description="what images are resized to for evaluation; null: as they are")
     backbone: Name | None = Field(description="a model of `pretrain` to start from; null: from scratch")
+
+    @model_validator(mode="after")
+    def _own_backbone(self) -> FinetuneParams:
+        if self.backbone is not None and isinstance(self.model, ExplicitConfig):
+            raise ValueError("backbone: must be null; an explicit model's comes with `model.weights: default`")
+        return self
 
 
 class ConvergenceParams(Section):
@@ -172,18 +193,10 @@ class ConvergenceParams(Section):
         return self
 
 
-class Torchvision(Section):
-    """A classifier of torchvision, by its name there."""
-
-    kind: Literal["torchvision"]
-    name: str = Field(pattern=r"^[a-z0-9_]+$", description="such as resnet101")
-    small_input: bool = Field(default=False, description="a ResNet's first stage without stride, for 32 x 32 images")
-
-
 class BenchmarkModel(Section):
     """A model to be measured, and how it is trained."""
 
-    model: MDEQParams | ResNetParams | Torchvision = Field(discriminator="kind")
+    model: ModelParams
     head: ClassificationHeadParams | None = None
     forward: ForwardParams | None = None
     backward: BackwardParams | None = None
@@ -235,7 +248,7 @@ class Evaluate(Section):
 
     cifar10: EvaluateParams
     imagenet: EvaluateParams
-    cityscapes: EvaluateParams
+    cityscapes: EvaluateCityscapes
 
 
 class Convergence(Section):
@@ -273,14 +286,15 @@ def across(params: Params) -> list[str]:
             wrong.append(f"finetune.{name}.backbone: no model {entry.backbone!r} in pretrain; there are: {there}")
         elif not isinstance(source.model, MDEQConfig):
             wrong.append(f"finetune.{name}.backbone: {entry.backbone!r} is a {source.model.kind}; must be an mdeq")
-        else:
+        elif isinstance(entry.model, MDEQConfig):
             wrong += _differences(name, entry.backbone, entry.model, source.model)
     for data, stage in TRAINED_BY.items():
         model = getattr(params.convergence, data).model
         entries = getattr(params, stage)
-        there = ", ".join(name for name, entry in entries.items() if isinstance(entry.model, MDEQConfig)) or "none"
-        if model not in entries or not isinstance(entries[model].model, MDEQConfig):
-            wrong.append(f"convergence.{data}.model: no mdeq {model!r} in {stage}; there are: {there}")
+        there = [name for name, entry in entries.items() if entry.forward is not None]
+        if model not in there:
+            listed = ", ".join(there) or "none"
+            wrong.append(f"convergence.{data}.model: no mdeq {model!r} in {stage}; there are: {listed}")
     return wrong
 
 

@@ -43,7 +43,8 @@ class Trained:
     """A model in evaluation mode on its device, and its evaluation split.
 
     ``facts`` are strings and numbers to record beside every result: data, device, versions. ``training_run``
-    is the tracked run that made the model, empty if it was not tracked.
+    is the tracked run that made the model, empty if it was not tracked. ``frames`` are the path, width and height of
+    each scene of Cityscapes' split.
     """
 
     network: nn.Module
@@ -53,6 +54,7 @@ class Trained:
     std: tuple[float, float, float]
     facts: dict[str, str | int]
     training_run: str = ""
+    frames: tuple[tuple[str, int, int], ...] = ()
 
     def announce(self, dataset: str, tracker: Tracker) -> None:
         """Tell a run what it builds on."""
@@ -97,7 +99,9 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
         "samples": len(split),
     }
     run = str(meta.get("run_id") or "")
-    return Trained(network, split, names, mean, std, facts | machine.describe(), run)
+    manifest = Path("results/data/cityscapes/manifest.csv")
+    frames = cityscapes.frames(manifest, "val") if dataset == "cityscapes" else ()
+    return Trained(network, split, names, mean, std, facts | machine.describe(), run, frames)
 
 
 def _summary(dataset: str) -> dict[str, Any]:

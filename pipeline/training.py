@@ -183,6 +183,8 @@ def train(
         store.save(content)
         observer.saved(state.log)
 
+    if recipe.epochs == 0:  # weights that were made elsewhere
+        return [{"epoch": 0, "step": 0, **_validate(model, task, recipe, state, device, workers, observer)}]
     updates = math.ceil(len(task.train) / recipe.batch)
     total = updates * recipe.epochs
     clock = _Clock()
@@ -247,6 +249,7 @@ def evaluate(
     """
     model.eval()
     residuals, evaluations, converged, count = 0.0, 0.0, 0.0, 0
+    after = dict.fromkeys((f"solver/residual_after_{2**k}" for k in range(1, 6)), 0.0)
     loader = batches(dataset, batch, seed=0, epoch=0, shuffle=False, workers=workers)
     with torch.inference_mode():
         for done, (images, targets) in enumerate(loader, 1):
@@ -259,6 +262,8 @@ def evaluate(
                 evaluations += solution.nfe * len(images)
                 converged += float(solution.converged.sum())
                 count += len(images)
+                for k, name in enumerate(after, 1):
+                    after[name] += float(solution.trace[min(2**k, solution.nfe) - 1].sum())
             on_batch(done, len(loader))
     values = metric.compute()
     if count:
@@ -267,6 +272,8 @@ def evaluate(
             "solver/nfe": evaluations / count,
             "solver/converged": converged / count,
         }
+        limit = evaluations / count
+        values |= {name: value / count for k, (name, value) in enumerate(after.items(), 1) if 2**k <= limit}
     return values
 
 

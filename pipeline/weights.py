@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mdeq import MDEQConfig
 from mdeq.published import rename, state_dict
 from pipeline.checkpoints import Architecture, CheckpointError, save_model
 from pipeline.params import Section, instances, load
@@ -61,12 +62,15 @@ def import_weights(file: Path, model: str, out: Path | None = None, presets: Pat
 
 
 def sizes(presets: Path = Path("params/paper.yaml")) -> list[tuple[str, int, str, str]]:
-    """<set>-<name>, trainable parameters, and what the paper and the published code say, for every preset."""
+    """<set>-<name>, trainable parameters, and what the paper and the published code say, for every MDEQ preset."""
     rows = []
     for dataset, stage in STAGES.items():
         for name in instances(stage, presets):
+            architecture = _architecture(load(stage, name, presets), CLASSES[dataset])
+            if not isinstance(architecture.model, MDEQConfig):
+                continue
             with torch.device("meta"):
-                network = _architecture(load(stage, name, presets), CLASSES[dataset]).build()
+                network = architecture.build()
             paper, published = PUBLISHED_SIZES.get(f"{dataset}-{name}", ("", ""))
             rows.append((f"{dataset}-{name}", sum(p.numel() for p in network.parameters()), paper, published))
     return rows

@@ -1,11 +1,17 @@
-"""The explicit baselines: their sizes, shapes, and that they learn."""
+"""The baselines: their sizes, shapes, that they learn, and a neural ODE whose solution is known."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
-from mdeq.baselines import NarrowResNet18, ResNetConfig
+from mdeq import ClassificationHeadConfig, FixedPoint, MDEQConfig, Network
+from mdeq.baselines import ExplicitConfig, NarrowResNet18, NeuralODE, NeuralODEConfig, ResNetConfig, build
+from pipeline import experiment
+from pipeline.checkpoints import Architecture
+from pipeline.training import TrainingError
 
 
 @pytest.mark.parametrize(("width", "low", "high"), [(8, 165e3, 180e3), (64, 10e6, 12e6)])
@@ -45,3 +51,85 @@ def test_it_fits_a_few_images() -> None:
 def test_a_width_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="width"):
         ResNetConfig(0)
+
+
+@pytest.mark.parametrize(("filters", "augmented", "published"), [(125, 0, 172_358), (64, 10, 171_799)])
+def test_neural_odes_have_the_published_sizes(filters: int, augmented: int, published: int) -> None:
+    network = NeuralODE(NeuralODEConfig(filters, augmented), 10)
+    assert sum(p.numel() for p in network.parameters()) == published  # Dupont et al. (2019), Sec. 5.2
+
+
+def test_a_linear_neural_ode_is_the_matrix_exponential() -> None:
+    """dz/dt = A z from z(0) = image has z(1) = exp(A) image, and a gradient in A that autograd knows."""
+    torch.manual_seed(0)
+    network = NeuralODE(NeuralODEConfig(filters=3, augmented=1, tolerance=1e-9, image=4), 2).double()
+    matrix = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    layer = torch.nn.Conv2d(4, 4, 1, bias=False, dtype=torch.float64)
+    layer.weight.data = matrix.detach()[:, :, None, None].clone()
+    network.dynamics.layers = torch.nn.Sequential(layer)
+    image = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    state = torch.cat([image, torch.zeros(2, 1, 4, 4, dtype=torch.float64)], 1)
+    expected = network.linear(torch.einsum("ij,bjhw->bihw", torch.linalg.matrix_exp(matrix), state).flatten(1))
+    logits = network(image).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    logits[:, 0].sum().backward()
+    (gradient,) = torch.autograd.grad(expected[:, 0].sum(), matrix)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad[:, :, 0, 0], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_small_input_keeps_the_images_resolution(name: str) -> None:
+    """The stem no longer divides by four: pooled features of a 32 x 32 image are 4 x 4, not 1 x 1."""
+    for small_input, side in ((True, 4), (False, 1)):
+        network = build(ExplicitConfig(name, small_input=small_input), 10).eval()
+        last = network.get_submodule("network.features" if name == "densenet121" else "network.layer4")
+        sizes: list[tuple[int, ...]] = []
+        last.register_forward_hook(lambda module, args, out, sizes=sizes: sizes.append(tuple(out.shape[2:])))
+        assert network(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 10)
+        assert sizes == [(side, side)]
+
+
+def test_other_libraries_models_have_their_published_sizes() -> None:
+    """torchvision's own counts, and HRNetV2-W48's 65.9M of Table 3."""
+    with torch.device("meta"):
+        assert _parameters("resnet101", 1000) == 44_549_160
+        assert _parameters("alexnet", 1000) == 61_100_840
+        assert _parameters("wide_resnet50_2", 1000) == 68_883_240
+    pytest.importorskip("timm")
+    assert _parameters("hrnet_w48", 19) / 1e6 == pytest.approx(65.9, abs=0.05)
+
+
+def test_a_segmentation_model_labels_pixels_and_foreign_weights_need_their_classes() -> None:
+    network = build(ExplicitConfig("fcn_resnet50"), 5).eval()
+    assert network(torch.zeros(1, 3, 32, 64)).logits.shape == (1, 5, 32, 64)
+    with pytest.raises(ValueError, match="1000 classes, the data have 10"):
+        build(ExplicitConfig("alexnet", weights="default"), 10, fetch=True)
+    with pytest.raises(ValueError, match="name: must be one of alexnet, .*, not 'vgg'"):
+        ExplicitConfig("vgg")
+
+
+def test_what_cannot_be_had_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(TrainingError, match=r"pretrain\.x\.model\.name: .*timm.*; run `pip install '\.\[explicit\]'`"):
+        experiment._build(Architecture(ExplicitConfig("hrnet_w18"), None, 1000), "pretrain.x")
+    with pytest.raises(
+        TrainingError, match=r"pretrain\.x\.model\.weights: cannot be fetched .*1000 classes.*set it to"
+    ):
+        experiment._build(Architecture(ExplicitConfig("alexnet", weights="default"), None, 6), "pretrain.x")
+
+
+def test_flops_are_two_for_a_multiplication_and_count_the_solver() -> None:
+    """A ResNet-18's 1.814 GMACs at 224 x 224 (torchvision's own figure); a solve counts each evaluation of f."""
+    resnet = build(ExplicitConfig("resnet18"), 1000)
+    assert experiment.flops(resnet, torch.zeros(1, 3, 224, 224)) / 2e9 == pytest.approx(1.814, abs=0.001)
+    config, head = MDEQConfig((8,), expansion=1, groups=2), ClassificationHeadConfig((2,), 8)
+    costs = [
+        experiment.flops(Network(config, head, 2, FixedPoint(steps=steps, tolerance=0.0)), torch.ones(1, 3, 8, 8))
+        for steps in (1, 2, 4)
+    ]
+    assert costs[2] - costs[1] == 2 * (costs[1] - costs[0]) > 0
+
+
+def _parameters(name: str, classes: int) -> int:
+    return sum(p.numel() for p in build(ExplicitConfig(name), classes).parameters())

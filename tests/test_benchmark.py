@@ -54,14 +54,6 @@ def test_a_step_is_a_whole_update(params: BenchmarkParams) -> None:
     assert any(not torch.equal(old, new) for old, new in zip(before, trainee.network.parameters(), strict=True))
 
 
-def test_small_input_keeps_the_resolution_of_a_resnet() -> None:
-    small, usual = (benchmark._torchvision("resnet18", small_input) for small_input in (True, False))
-    images = torch.zeros(2, 3, 32, 32)
-    assert small.maxpool(small.conv1(images)).shape[2:] == (32, 32)  # type: ignore[operator]
-    assert usual.maxpool(usual.conv1(images)).shape[2:] == (8, 8)  # type: ignore[operator]
-    assert small(images).shape == (2, benchmark.CLASSES)
-
-
 def test_the_stage_writes_medians_relative_to_the_reference(
     params: BenchmarkParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mdeq import Anderson, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, SegmentationHeadConfig
-from mdeq.baselines import ResNetConfig
+from mdeq.baselines import ExplicitConfig, NeuralODEConfig, ResNetConfig
 from pipeline.checkpoints import Architecture, CheckpointError, RunState, load_model, read, save_model, write_atomically
 
 MDEQ_SMALL = Architecture(
@@ -24,8 +24,11 @@ MDEQ_SMALL = Architecture(
         MDEQ_SMALL,
         Architecture(MDEQConfig(channels=(8,), groups=4), SegmentationHeadConfig("highest"), classes=19),
         Architecture(ResNetConfig(), None, classes=10),
+        Architecture(NeuralODEConfig(filters=4, augmented=2, image=16), None, classes=10),
+        # its weights are for 1000 classes: a model that comes back never asks for them
+        Architecture(ExplicitConfig("resnet18", weights="default", small_input=True), None, classes=10),
     ],
-    ids=["classification", "segmentation", "explicit"],
+    ids=["classification", "segmentation", "narrow", "ode", "explicit"],
 )
 def test_a_model_comes_back_with_its_architecture(tmp_path, architecture):
     torch.manual_seed(0)

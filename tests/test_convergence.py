@@ -22,7 +22,7 @@ def contraction(z: torch.Tensor) -> torch.Tensor:
 
 def test_plain_iteration_of_a_contraction_shows_the_norms_of_theory() -> None:
     z0 = torch.zeros(3, 7, dtype=torch.float64)
-    traced = convergence.trace(contraction, z0, FixedPoint(), EVALUATIONS - 1)
+    traced = convergence.trace(contraction, z0, FixedPoint(), EVALUATIONS - 1, [7])
     k = torch.arange(EVALUATIONS, dtype=torch.float64)
     iterate = (1 - FACTOR**k) / (1 - FACTOR)
     residual = FACTOR**k / (FACTOR * iterate + 1)
@@ -35,7 +35,9 @@ def test_plain_iteration_of_a_contraction_shows_the_norms_of_theory() -> None:
 
 
 def test_broyden_solves_it_in_three_evaluations_and_stops_only_there() -> None:
-    traced = convergence.trace(contraction, torch.zeros(2, 5, dtype=torch.float64), Broyden(tolerance=0.5), EVALUATIONS)
+    traced = convergence.trace(
+        contraction, torch.zeros(2, 5, dtype=torch.float64), Broyden(tolerance=0.5), EVALUATIONS, [5]
+    )
     assert traced.residual[0] == pytest.approx(1.0)
     assert traced.residual[1] == pytest.approx(0.5 / 1.5)
     assert float(traced.residual[2].max()) < 1e-12
@@ -49,14 +51,16 @@ def test_a_tolerance_never_cuts_a_trace_short() -> None:
         torch.zeros(2, 6, dtype=torch.float64),
         FixedPoint(tolerance=1.0),
         EVALUATIONS - 1,
+        [6],
     )
     assert traced.residual.shape[0] == EVALUATIONS
 
 
 def test_rows_are_tidy_and_the_summary_knows_when_a_level_was_reached() -> None:
-    traced = convergence.trace(contraction, torch.zeros(3, 7, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1)
+    traced = convergence.trace(contraction, torch.zeros(3, 7, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1, [7])
     table = pd.concat([convergence._rows(traced, "fixed_point", batch) for batch in range(2)])
-    assert list(table.columns) == ["solver", "batch", "evaluation", "change", "residual"]
+    assert list(table.columns) == ["solver", "batch", "evaluation", "change", "residual", "residual_1"]
+    assert np.allclose(table["residual"], table["residual_1"])
     assert len(table) == 2 * EVALUATIONS
     values = convergence.summarise(table)
     known = table[table["batch"] == 0].set_index("evaluation")["residual"]
@@ -67,13 +71,23 @@ def test_rows_are_tidy_and_the_summary_knows_when_a_level_was_reached() -> None:
     assert all(np.isfinite(value) for value in values.values())
 
 
+def test_each_scale_has_its_own_residual() -> None:
+    """Two scales that contract by 1/2 and by 1/4: each shows the closed form of its own factor."""
+    factors = torch.tensor([0.5] * 3 + [0.25] * 2, dtype=torch.float64)
+    traced = convergence.trace(lambda z: factors * z + 1, torch.zeros(2, 5).double(), FixedPoint(), 8, [3, 2])
+    k = torch.arange(9, dtype=torch.float64)
+    for factor, residual in zip((0.5, 0.25), traced.scales, strict=True):
+        expected = factor**k / ((1 - factor ** (k + 1)) / (1 - factor))
+        assert torch.allclose(residual, expected[:, None].expand(9, 2))
+
+
 def test_a_sample_that_diverges_is_left_out_of_the_mean() -> None:
     def f(z: torch.Tensor) -> torch.Tensor:
         return torch.stack([contraction(z[0]), z[1] * 1e200 + 1])
 
-    traced = convergence.trace(f, torch.zeros(2, 4, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1)
+    traced = convergence.trace(f, torch.zeros(2, 4, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1, [4])
     rows = convergence._rows(traced, "fixed_point", 0)
-    alone = convergence.trace(contraction, torch.zeros(1, 4, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1)
+    alone = convergence.trace(contraction, torch.zeros(1, 4, dtype=torch.float64), FixedPoint(), EVALUATIONS - 1, [4])
     assert rows["residual"].iloc[-1] == pytest.approx(float(alone.residual[-1]))
 
 

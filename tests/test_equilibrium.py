@@ -172,6 +172,20 @@ def test_dropout_mask_is_fixed_during_a_solve_and_drawn_anew_each_time():
     torch.testing.assert_close(network(image).logits, network(image).logits, rtol=0, atol=0)
 
 
+def test_conventional_dropout_draws_a_mask_at_every_evaluation():
+    image = torch.randn(2, 3, 16, 16)
+    f, z0, _ = small_network(dropout=0.5, variational=False).train().backbone.fixed_point_problem(image)
+    z = torch.randn_like(z0)
+    assert (f(z) - f(z)).norm() > 1e-3
+
+
+def test_an_unrolled_model_is_the_warm_ups_network_always():
+    image = torch.randn(2, 3, 16, 16)
+    unrolled = small_network(unrolled=3).eval()(image)
+    assert unrolled.equilibrium.solution is None
+    torch.testing.assert_close(unrolled.logits, small_network().eval()(image, unroll_steps=3).logits)
+
+
 def test_softplus_of_great_curvature_is_the_relu():
     network = small_network().double().eval()
     image = torch.randn(2, 3, 16, 16, dtype=torch.float64)

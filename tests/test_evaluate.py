@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from mdeq import Broyden, ClassificationHeadConfig, MDEQConfig, Network, SegmentationHeadConfig
+from mdeq import Broyden, ClassificationHeadConfig, MDEQConfig, Network, Prediction, SegmentationHeadConfig
 from mdeq.baselines import NarrowResNet18, ResNetConfig
 from pipeline import trained as trained_module
 from pipeline.checkpoints import Architecture, save_model
+from pipeline.data import cityscapes
 from pipeline.data.loading import Keys
 from pipeline.data.manifest import DataError
 from pipeline.machine import Machine
@@ -120,6 +123,72 @@ def test_segmentation_is_judged_at_the_size_of_the_labels(machine: Machine) -> N
     assert direct.counts.sum() == 3 * 12 * 24
     assert "eval/top1" not in values
     assert len(evaluate.examples(whole, 2, machine, "test").axes) == 2 * 4
+
+
+def test_mirrored_and_resized_views_are_averaged(machine: Machine) -> None:
+    """Pixels answered one by one: the mirrored view agrees, a view at half size is a resized answer."""
+    torch.manual_seed(0)
+
+    class Pixelwise(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> Prediction:
+            return Prediction(3 * images, None)
+
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    alone, _ = evaluate.predict(Pixelwise(), images, (16, 24))
+    mirrored, _ = evaluate.predict(Pixelwise(), images, (16, 24), [(1.0, False), (1.0, True)])
+    torch.testing.assert_close(mirrored, alone.softmax(1))
+    both, _ = evaluate.predict(Pixelwise(), images, (16, 24), [(1.0, False), (0.5, True)])
+    half = interpolate(images, size=(8, 12), mode="bilinear", align_corners=True)
+    half = interpolate(half.float(), size=(16, 24), mode="bilinear", align_corners=True)
+    expected = (alone.softmax(1) + (3 * half).softmax(1)) / 2
+    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_written_scenes_score_officially_what_we_say_class_by_class(machine: Machine) -> None:
+    """The official tool reads our files: found by name, of the photo's size, each class's IoU ours to 1e-6."""
+    tool = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    rng = np.random.default_rng(0)
+    frames = tuple((f"leftImg8bit/val/ulm/ulm_{i:06}_000019_leftImg8bit.png", 24, 16) for i in range(3))
+    targets = rng.integers(0, 19, (3, 16, 24))
+    targets[:, :3] = 255
+    truths = []
+    for (path, _, _), train_ids in zip(frames, targets, strict=True):
+        ids = np.where(train_ids == 255, 3, cityscapes.label_ids()[train_ids.clip(max=18)])  # 3: out of roi
+        truths.append(Path(Path(path).name.replace("_leftImg8bit", "_gtFine_labelIds")))
+        assert cv2.imwrite(str(truths[-1]), ids.astype(np.uint8))
+
+    class Answers(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> Prediction:
+            return Prediction(images, None)
+
+    guesses = np.where(rng.random(targets.shape) < 0.6, targets.clip(max=18), rng.integers(0, 19, targets.shape))
+    scores = torch.nn.functional.one_hot(torch.from_numpy(guesses), 19).permute(0, 3, 1, 2).double()
+    scenes = replace(make(Answers(), Split(scores, torch.from_numpy(targets), 19), ("",) * 19), frames=frames)
+    folder = Path("predictions")
+    folder.mkdir()
+    values, matrix = evaluate.evaluate(scenes, 2, machine, "test", predictions=folder)
+    tool.args.predictionPath, tool.args.predictionWalk = str(folder.resolve()), None
+    tool.args.evalInstLevelScore = tool.args.JSONOutput = False
+    tool.args.quiet = True
+    pairs = [tool.getPrediction(tool.args, str(truth.resolve())) for truth in truths]
+    official = tool.evaluateImgLists(pairs, [str(truth) for truth in truths], tool.args)
+    by_class = [official["classScores"][name] for name in cityscapes.class_names()]
+    assert matrix.iou() == pytest.approx(by_class, abs=1e-6)
+    assert values["eval/miou"] == pytest.approx(100 * official["averageScoreClasses"], abs=1e-4)
+
+
+def test_accuracy_by_steps_is_that_of_a_solver_with_that_limit(classifier: Trained, machine: Machine) -> None:
+    params = EvaluateParams(batch=4, accuracy_up_to=4)
+    curve = evaluate.accuracy_by_steps(classifier, params, machine, "test")["by_steps"]
+    assert list(curve) == ["1", "2", "3", "4"]
+    for steps, value in curve.items():
+        with torch.no_grad():
+            solver = Broyden(steps=int(steps), tolerance=0.0)
+            classifier.network.get_submodule("backbone").forward_solver = solver
+            answers = classifier.network(classifier.split[Keys(0, list(range(11)))][0]).logits.argmax(1)
+        right = answers == classifier.split.targets  # type: ignore[attr-defined]
+        assert value == pytest.approx(100 * right.double().mean().item())
+    assert evaluate.accuracy_by_steps(classifier, EvaluateParams(batch=4), machine, "test") == {}
 
 
 def test_an_explicit_model_has_no_solver(machine: Machine) -> None:

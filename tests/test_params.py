@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from mdeq import Broyden, Gmres, Implicit, MDEQConfig
 from pipeline import params
+from pipeline.paper import TABLES
 from pipeline.params import ParamsError, PrepareParams
 from pipeline.train_params import ClassifyParams, FinetuneParams
 
@@ -44,7 +45,7 @@ def errors(path: Path) -> list[str]:
     return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "params/paper.yaml"])
+@pytest.mark.parametrize("name", ["params.yaml", "params/paper.yaml", "params/all.yaml"])
 def test_what_we_ship_is_right(repository: Path, name: str) -> None:
     params.check(repository / name)
 
@@ -61,15 +62,25 @@ def test_a_section_loads_as_the_librarys_own_types(repository: Path) -> None:
 def test_the_papers_models_are_all_there(repository: Path) -> None:
     path = repository / "params/paper.yaml"
     data = YAML(typ="safe").load(path.read_text())
-    assert list(data["pretrain"]) == list(data["finetune"]) == ["mdeq-small", "mdeq-large", "mdeq-xl"]
-    assert list(data["classify"]) == ["mdeq-small", "mdeq", "resnet18-small"]
-    for name in data["finetune"]:
+    for table in TABLES:
+        assert {row.model for row in table.rows if row.model} <= set(data[table.stage])
+    for name in ("mdeq-small", "mdeq-large", "mdeq-xl"):
         entry = params.load("finetune", name, path)
         assert isinstance(entry, FinetuneParams)
         assert entry.backbone == name and entry.test_size == (1024, 2048) and entry.loss.class_weights
     xl = params.load("finetune", "mdeq-xl", path)
     assert isinstance(xl, FinetuneParams)
     assert (xl.model.expansion, xl.batch, xl.crop, xl.optimizer.weight_decay) == (6, 16, (768, 1024), 3e-4)
+
+
+def test_the_whole_demo_holds_the_demo_unchanged(repository: Path) -> None:
+    """What `make repro` has trained, `make repro-all` finds up to date, and the other way round."""
+    demo, whole = (
+        YAML(typ="safe").load((repository / name).read_text()) for name in ("params.yaml", "params/all.yaml")
+    )
+    assert demo["prepare"] == whole["prepare"] and demo["scale"] == whole["scale"]
+    for stage in ("classify", "pretrain", "finetune"):
+        assert demo[stage].items() <= whole[stage].items()
 
 
 def test_sections_survive_json(repository: Path) -> None:
@@ -111,8 +122,11 @@ def test_a_stage_reads_its_own_section_alone(workspace: Path) -> None:
         ("model.channels", [], "model.channels: must have at least 1 item"),
         ("model.groups", 3, "model.groups: must be a multiple of 2, not 3"),
         ("model.dropout", 1.0, "model.dropout: must be less than 1, not 1.0"),
-        ("model.kind", "mdqe", "model.kind: must be one of 'mdeq', 'resnet18', not 'mdqe'"),
+        ("model.kind", "mdqe", "model.kind: must be one of 'mdeq', 'resnet18', 'neural_ode', 'explicit', not 'mdqe'"),
         ("model", {"kind": "resnet18"}, "head: must be null; a resnet18 has no equilibrium to find"),
+        ("model.unrolled", 5, "forward: must be null; a model with `unrolled` has no equilibrium to find"),
+        ("model", {"kind": "explicit", "name": "vgg"}, "model.name: must be one of alexnet, "),
+        ("epochs", 0, "epochs: must be at least 1; 0 is for a classifier with `weights: default`"),
         ("head.channels", [8], "head.channels: must have 2 numbers, one a scale of model.channels"),
         ("warm_up.steps", GONE, "warm_up.steps: is missing"),
         ("jacobian", {"weight": -1.0}, "jacobian.weight: must be at least 0, not -1.0"),
@@ -135,6 +149,10 @@ def test_an_error_names_key_value_and_what_is_allowed(workspace: Path, key: str,
         ({"prepare.cifar10.generated": GONE}, "prepare.cifar10.generated: is missing; `source: generated` "),
         ({"prepare.imagenet.generated.classes": 1}, "prepare.imagenet.generated.classes: must be at least 2"),
         ({"finetune.mdeq-small.backbone": "x"}, "finetune.mdeq-small.backbone: no model 'x' in pretrain; "),
+        (
+            {"classify.resnet18-small.model": {"kind": "explicit", "name": "hrnet_w48"}},
+            "classify.resnet18-small.model.n",
+        ),
         ({"finetune.mdeq-small.crop": [64]}, "finetune.mdeq-small.crop.1: is missing"),
         ({"finetune.mdeq-small.model.expansion": 3}, "finetune.mdeq-small.model.expansion: must be that "),
         ({"convergence.cifar10.model": "x"}, "convergence.cifar10.model: no mdeq 'x' in classify; "),

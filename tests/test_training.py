@@ -137,6 +137,26 @@ def test_it_learns_and_the_warm_up_is_validated_both_ways(tmp_path):
     assert history[-1]["solver/nfe"] == 5
 
 
+def test_validation_knows_the_residual_after_some_evaluations():
+    model = network().eval()
+    values = evaluate(model, Stripes(20), TopK(2), batch=7, device="cpu", workers=0)
+    with torch.no_grad():
+        trace = model(Stripes(20)[Keys(0, list(range(20)))][0]).equilibrium.solution.trace
+    for k in (2, 4):
+        assert values[f"solver/residual_after_{k}"] == pytest.approx(float(trace[k - 1].mean()), rel=1e-4)
+    assert "solver/residual_after_8" not in values
+
+
+def test_no_epochs_only_validate(tmp_path):
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    store = Store(RunState(tmp_path, {}, "s"))
+    recipe = Recipe(Adam(), epochs=0, batch=8)
+    (row,) = train(model, task(), recipe, seed=0, device="cpu", workers=0, store=store, observer=Watcher())
+    assert row["step"] == row["epoch"] == 0 and "eval/top1" in row
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
     broken = Task(Stripes(40), Stripes(20), lambda logits, targets: logits.sum() * math.nan, lambda: TopK(2))
     with pytest.raises(TrainingError, match="nan at step 0"):

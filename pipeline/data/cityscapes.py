@@ -76,6 +76,15 @@ def train_ids() -> np.ndarray:
     return table
 
 
+@cache
+def label_ids() -> np.ndarray:
+    """Return the label id of each train id, (19,) uint8: what the official evaluation reads."""
+    from cityscapesscripts.helpers.labels import labels
+
+    found = {label.trainId: label.id for label in labels if 0 <= label.trainId < IGNORE}
+    return np.array([found[i] for i in range(len(found))], np.uint8)
+
+
 def read_label(root: Path, path: str, content: bytes) -> np.ndarray:
     """Return a labelIds picture as train ids (H, W) uint8; ids outside the official table are an error."""
     import cv2
@@ -287,6 +296,23 @@ def cut(
     top = int(rng.integers(0, label.shape[0] - height + 1))
     left = int(rng.integers(0, label.shape[1] - width + 1))
     return image[top : top + height, left : left + width], label[top : top + height, left : left + width]
+
+
+def frames(manifest: Path, split: str) -> tuple[tuple[str, int, int], ...]:
+    """Return (path, width, height) of each image of a split, in its order."""
+    rows = Manifest.read(manifest).split(split)
+    return tuple((str(p), int(w), int(h)) for p, w, h in zip(rows["path"], rows["width"], rows["height"], strict=True))
+
+
+def write_prediction(folder: Path, frame: tuple[str, int, int], prediction: np.ndarray) -> None:
+    """Write train ids (H, W) as the benchmark wants them: label ids, the photo's size, its name's stem."""
+    import cv2
+
+    path, width, height = frame
+    ids = cv2.resize(label_ids()[prediction], (width, height), interpolation=cv2.INTER_NEAREST)
+    name = f"{Path(path).name.removesuffix(IMAGE_END)}_pred_labelIds.png"
+    if not cv2.imwrite(str(folder / name), ids):
+        raise DataError(f"{folder / name}: cannot be written")
 
 
 class Cityscapes:

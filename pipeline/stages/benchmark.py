@@ -26,8 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mdeq import Implicit, MDEQConfig, Network, Phantom, Prediction, Reversible, Solution
-from mdeq.baselines import NarrowResNet18, ResNetConfig
+from mdeq import Implicit, MDEQConfig, Network, Phantom, Reversible, Solution, baselines
 from pipeline import figures, tracking
 from pipeline.machine import Machine
 from pipeline.train_params import BenchmarkModel, BenchmarkParams
@@ -75,32 +74,14 @@ def build(model: BenchmarkModel, seed: int) -> nn.Module:
     if isinstance(model.model, MDEQConfig):
         assert model.head is not None and model.forward is not None and model.backward is not None
         forward = replace(model.forward, tolerance=0.0)
-        network: nn.Module = Network(model.model, model.head, CLASSES, forward, _to_the_limit(model.backward))
-    elif isinstance(model.model, ResNetConfig):
-        network = NarrowResNet18(model.model, CLASSES)
-    else:
-        network = _torchvision(model.model.name, model.model.small_input)
-    return network.train()
+        return Network(model.model, model.head, CLASSES, forward, _to_the_limit(model.backward)).train()
+    return baselines.build(model.model, CLASSES).train()
 
 
 def _to_the_limit(backward: Implicit | Phantom | Reversible) -> Implicit | Phantom | Reversible:
     if not isinstance(backward, Implicit):
         return backward
     return replace(backward, solver=replace(backward.solver, tolerance=0.0))
-
-
-def _torchvision(name: str, small_input: bool) -> nn.Module:
-    """A torchvision classifier by its name; a ResNet with ``small_input`` keeps 32 x 32 images at full size
-    at first.
-    """
-    from torchvision.models import get_model, resnet
-
-    network = get_model(name, weights=None, num_classes=CLASSES)
-    if small_input and isinstance(network, resnet.ResNet):
-        width = network.conv1.out_channels
-        network.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
-        network.register_module("maxpool", nn.Identity())
-    return network
 
 
 class Trainee:
@@ -118,11 +99,10 @@ class Trainee:
     def step(self, images: int | None = None) -> None:
         """Forward, backward, update; on the first ``images`` of the batch, by default on all."""
         prediction = self.network(self._images[:images])
-        if isinstance(prediction, Prediction) and prediction.equilibrium and prediction.equilibrium.solution:
+        if prediction.equilibrium and prediction.equilibrium.solution:
             self.facts["forward_evaluations"] = prediction.equilibrium.solution.nfe
-        logits = prediction.logits if isinstance(prediction, Prediction) else prediction
         self._optimizer.zero_grad(set_to_none=True)
-        cross_entropy(logits, self._targets[:images]).backward()
+        cross_entropy(prediction.logits, self._targets[:images]).backward()
         self._optimizer.step()
         if self._device.startswith("cuda"):
             torch.cuda.synchronize(self._device)

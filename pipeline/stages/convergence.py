@@ -37,19 +37,21 @@ class Trace:
     """What happened at each evaluation of f, (evaluations, B), one column a sample.
 
     ``change`` is |z[k+1] - z[k]| / |z[k]|, noted at the evaluation of z[k+1] and NaN where there is no z[k]
-    other than 0; ``residual`` is |f(z) - z| / |f(z)|.
+    other than 0; ``residual`` is |f(z) - z| / |f(z)|; ``scales`` has the residual of each scale by itself.
     """
 
     change: Tensor
     residual: Tensor
+    scales: list[Tensor]
 
 
 class _Recorder:
     """f, noting the norms of Figure 5 whenever it is called; keeps one iterate."""
 
-    def __init__(self, f: Map) -> None:
-        self._f = f
+    def __init__(self, f: Map, lengths: list[int]) -> None:
+        self._f, self._lengths = f, lengths
         self._last: Tensor | None = None
+        self._scales: list[list[Tensor]] = [[] for _ in lengths]
         self._changes: list[Tensor] = []
         self._residuals: list[Tensor] = []
 
@@ -63,20 +65,25 @@ class _Recorder:
             moved = norm(z - self._last, dim=1) / size
             self._changes.append(torch.where(size > 0, moved, torch.nan))
         self._residuals.append(norm(fz - z, dim=1) / norm(fz, dim=1))
+        parts = zip(self._scales, fz.split(self._lengths, 1), z.split(self._lengths, 1), strict=True)
+        for own, fz_scale, z_scale in parts:
+            own.append(norm(fz_scale - z_scale, dim=1) / norm(fz_scale, dim=1))
         self._last = z.clone()
         return fz
 
     def trace(self) -> Trace:
-        return Trace(torch.stack(self._changes), torch.stack(self._residuals))
+        scales = [torch.stack(own) for own in self._scales]
+        return Trace(torch.stack(self._changes), torch.stack(self._residuals), scales)
 
 
 @torch.no_grad()
-def trace(f: Map, z0: Tensor, solver: ForwardSolver, steps: int) -> Trace:
+def trace(f: Map, z0: Tensor, solver: ForwardSolver, steps: int, lengths: list[int]) -> Trace:
     """Run ``solver`` from ``z0`` (B, D) for ``steps`` updates, so steps + 1 calls of ``f``, without a stop.
 
-    The calls are fewer only if every sample comes to an exact fixed point or leaves the finite numbers.
+    ``lengths`` are those of the scales, which add up to D. The calls are fewer only if every sample
+    comes to an exact fixed point or leaves the finite numbers.
     """
-    recorder = _Recorder(f)
+    recorder = _Recorder(f, lengths)
     replace(solver, steps=steps, tolerance=0.0)(recorder, z0)
     return recorder.trace()
 
@@ -107,14 +114,15 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
 
 
 def measure(backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, device: str, label: str) -> pd.DataFrame:
-    """The tidy table of trace.csv: solver, batch, evaluation, change, residual."""
+    """The tidy table of trace.csv: solver, batch, evaluation, change, residual, residual_1 ... of each scale."""
     drawn = _random_batches(split, params.batches, params.batch, params.seed)
     parts = []
     for number, images in enumerate(track(drawn, total=params.batches, description=label)):
         with torch.no_grad():
-            f, z0, _ = backbone.fixed_point_problem(images.to(device))
+            f, z0, scales = backbone.fixed_point_problem(images.to(device))
         for solver in params.solvers:
-            parts.append(_rows(trace(f, z0, solver, params.steps), solver.kind, number))
+            traced = trace(f, z0, solver, params.steps, scales.lengths)
+            parts.append(_rows(traced, solver.kind, number))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -159,9 +167,9 @@ def _random_batches(split: BatchDataset, count: int, batch: int, seed: int) -> I
 
 def _rows(traced: Trace, solver: str, batch: int) -> pd.DataFrame:
     """Tidy rows of one solve: means over the samples that are finite."""
-    change, residual = (
+    change, residual, *scales = (
         pd.DataFrame(values.double().cpu().numpy()).replace([np.inf, -np.inf], np.nan).mean(axis=1)
-        for values in (traced.change, traced.residual)
+        for values in (traced.change, traced.residual, *traced.scales)
     )
     return pd.DataFrame(
         {
@@ -170,5 +178,6 @@ def _rows(traced: Trace, solver: str, batch: int) -> pd.DataFrame:
             "evaluation": np.arange(1, len(change) + 1),
             "change": change,
             "residual": residual,
+            **{f"residual_{i}": values for i, values in enumerate(scales, 1)},
         }
     )

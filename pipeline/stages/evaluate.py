@@ -1,14 +1,16 @@
 """Stage evaluate: a trained model on its evaluation split, at the equilibrium (Tables 1-3).
 
-Top-1 and top-5, or mIoU of whole images at a single scale without flips; how well the equilibrium was found;
-the confusion matrix; pictures of predictions beside the truth.
+Top-1 and top-5, or mIoU of whole images, by default at a single scale without flips; how well the equilibrium was
+found; the confusion matrix; pictures of predictions beside the truth; street scenes in the benchmark's format.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +19,8 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
+from mdeq.heads import resize
 from mdeq.model import Network
 from mdeq.solvers import Solution
 from pipeline import figures, tracking
@@ -26,8 +28,11 @@ from pipeline.data import cityscapes
 from pipeline.data.loading import Keys, batches
 from pipeline.machine import Machine
 from pipeline.metrics import ConfusionMatrix, TopK
-from pipeline.params import EvaluateParams
+from pipeline.params import EvaluateCityscapes, EvaluateParams
 from pipeline.trained import Trained, load
+
+View = tuple[float, bool]
+"""How a scene is looked at: its scale, and whether it is mirrored."""
 
 
 class SolverStatistics:
@@ -71,43 +76,93 @@ def run(dataset: str, model: str, params: EvaluateParams, machine: Machine) -> N
     """Evaluate ``model`` on ``dataset`` and write ``results/evaluate/<dataset>-<model>/``."""
     instance = f"{dataset}-{model}"
     trained = load(dataset, model, machine, params.limit)
-    if params.steps is not None and isinstance(trained.network, Network):
-        backbone = trained.network.backbone
-        backbone.forward_solver = replace(backbone.forward_solver, steps=params.steps)
+    if params.steps is not None:
+        _limit_solver(trained.network, params.steps)
+    views: list[View] = [(1.0, False)]
+    predictions = None
     out = Path("results/evaluate") / instance
     out.mkdir(parents=True, exist_ok=True)
+    if isinstance(params, EvaluateCityscapes):
+        views = [
+            (scale, mirrored) for scale in params.scales for mirrored in ((False, True) if params.flip else (False,))
+        ]
+        predictions = out / "predictions"
+        shutil.rmtree(predictions, ignore_errors=True)
+        predictions.mkdir()
     with tracking.start("evaluate", instance, params, machine) as tracker:
         trained.announce(dataset, tracker)
         began = time.perf_counter()
-        values, matrix = evaluate(trained, params.batch, machine, f"evaluate {instance}")
+        values, matrix = evaluate(trained, params.batch, machine, f"evaluate {instance}", views, predictions)
         values["time/seconds"] = time.perf_counter() - began
         counts = matrix.counts.cpu().numpy()
         _write_confusion(out / "confusion.csv", counts, trained.names)
         title = f"{model} on {dataset} ({trained.facts['data/source']} data)"
         figures.save(figures.confusion(counts, trained.names, title), out / "confusion.png")
         figures.save(examples(trained, params.examples, machine, title), out / "examples.png")
-        (out / "metrics.json").write_text(
-            json.dumps(values | trained.facts | {"run": tracker.run_id or ""}, indent=2) + "\n"
-        )
+        by_steps = accuracy_by_steps(trained, params, machine, instance)
+        record = values | by_steps | trained.facts | {"run": tracker.run_id or ""}
+        (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         tracker.metrics(values, step=0)
         for name in ("confusion.png", "examples.png", "metrics.json"):
             tracker.artifact(out / name)
 
 
-def evaluate(trained: Trained, batch: int, machine: Machine, label: str) -> tuple[dict[str, float], ConfusionMatrix]:
-    """Measures of the split and of its solves, and its confusion matrix; ``label`` names the progress bar."""
+def accuracy_by_steps(
+    trained: Trained, params: EvaluateParams, machine: Machine, instance: str
+) -> dict[str, dict[str, float]]:
+    """{"by_steps": {"1": accuracy in per cent with one step of the solver, ...}}; empty if it is not asked for.
+
+    A limit of T steps costs T evaluations of f to the answer and one more for its residual.
+    """
+    if not params.accuracy_up_to or not isinstance(trained.network, Network):
+        return {}
+    found = {}
+    for steps in range(1, params.accuracy_up_to + 1):
+        _limit_solver(trained.network, steps)
+        values, _ = evaluate(trained, params.batch, machine, f"evaluate {instance}, {steps} steps")
+        found[str(steps)] = values.get("eval/top1", values.get("eval/miou", float("nan")))
+    return {"by_steps": found}
+
+
+def _limit_solver(network: nn.Module, steps: int) -> None:
+    if isinstance(network, Network):
+        network.backbone.forward_solver = replace(network.backbone.forward_solver, steps=steps)
+
+
+def evaluate(
+    trained: Trained,
+    batch: int,
+    machine: Machine,
+    label: str,
+    views: Sequence[View] = ((1.0, False),),
+    predictions: Path | None = None,
+) -> tuple[dict[str, float], ConfusionMatrix]:
+    """Measures of the split and of its solves, and its confusion matrix.
+
+    Args:
+        trained: The model and its split.
+        batch: Samples at once.
+        machine: Where.
+        label: Names the progress bar.
+        views: Of each scene, whose probabilities are averaged.
+        predictions: The folder that scenes are written to, for the official evaluation; None: they are not.
+    """
     split = trained.split
     topk, matrix, solves = TopK(split.classes), ConfusionMatrix(split.classes), SolverStatistics()
-    segmentation = False
+    segmentation, frames = False, iter(trained.frames)
     loader = batches(split, batch, seed=0, epoch=0, shuffle=False, workers=machine.workers)
     with progress_bar() as progress:
         for images, targets in progress.track(loader, total=-(-len(split) // batch), description=label):
             targets = targets.to(machine.device)
             segmentation = targets.ndim == 3
-            logits, solution = predict(trained.network, images.to(machine.device), targets.shape[1:])
-            matrix.update(logits, targets)
+            logits, solution = predict(trained.network, images.to(machine.device), targets.shape[1:], views)
+            answers = logits.argmax(1)
+            matrix.add(answers, targets)
             if not segmentation:
                 topk.update(logits, targets)
+            elif predictions is not None:
+                for answer, frame in zip(answers.cpu().numpy(), frames, strict=False):
+                    cityscapes.write_prediction(predictions, frame, answer)
             if solution is not None:
                 solves.update(solution)
     measures = matrix.compute() if segmentation else topk.compute()
@@ -115,17 +170,24 @@ def evaluate(trained: Trained, batch: int, machine: Machine, label: str) -> tupl
 
 
 @torch.no_grad()
-def predict(network: nn.Module, images: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Solution | None]:
-    """Logits of a batch at the equilibrium, resized to the label's ``size`` (H, W); and the solve, if there
-    was one.
+def predict(
+    network: nn.Module, images: Tensor, size: Sequence[int], views: Sequence[View] = ((1.0, False),)
+) -> tuple[Tensor, Solution | None]:
+    """Logits of a batch at the equilibrium, resized to the label's ``size`` (H, W); and the last solve, if any.
 
-    ``size`` is empty for classification.
+    ``size`` is empty for classification. Of several ``views`` the logits are the mean of their probabilities.
     """
-    prediction = network(images)
-    logits = prediction.logits.float()
-    if logits.shape[2:] != size:
-        logits = interpolate(logits, size=size, mode="bilinear", align_corners=True)
-    return logits, prediction.equilibrium.solution if prediction.equilibrium else None
+    total: Tensor | None = None
+    for scale, mirrored in views:
+        view = images if scale == 1 else resize(images, [round(scale * side) for side in images.shape[2:]])
+        prediction = network(view.flip(-1) if mirrored else view)
+        logits = prediction.logits.float().flip(-1) if mirrored else prediction.logits.float()
+        if logits.shape[2:] != tuple(size):
+            logits = resize(logits, size)
+        share = logits.softmax(1) / len(views) if len(views) > 1 else logits
+        total = share if total is None else total + share
+    assert total is not None
+    return total, prediction.equilibrium.solution if prediction.equilibrium else None
 
 
 def examples(trained: Trained, count: int, machine: Machine, title: str) -> Figure:

@@ -17,8 +17,17 @@ from rich.table import Table as Grid
 from pipeline import figures, sections
 from pipeline.figures import Drawn
 from pipeline.machine import Machine
-from pipeline.paper import FIGURE_4A, FIGURE_4B_RELATIVE, FIGURE_5, TABLES, Table
-from pipeline.results import NAMES, Line, Results, data_statement, lines, read
+from pipeline.paper import (
+    ABLATED,
+    FIGURE_4A,
+    FIGURE_4B_RELATIVE,
+    FIGURE_5,
+    FIGURE_5_SCALES,
+    FIGURE_5_TRAINING,
+    TABLES,
+    Table,
+)
+from pipeline.results import NAMES, TRAINED_BY, Line, Results, ablations, data_statement, lines, read
 
 ROOT = Path("results")
 OUT = ROOT / "report"
@@ -79,9 +88,14 @@ def _grid(table: dict[str, Any]) -> Grid:
 
 def _pictures(results: Results) -> Iterator[Drawn]:
     curves = {model: table for (stage, model), table in results.history.items() if stage == "classify"}
+    for number, (title, varied) in enumerate(ablations(results).items(), 1):
+        own = {line.row.system: curves[line.row.system] for line in varied if line.row.system in curves}
+        for name in own.keys() - {ABLATED}:
+            del curves[name]
+        yield Drawn(f"ablation-{number}", figures.accuracy_by_epoch(own, "eval/top1", "test accuracy, %"), f"{title}.")
     if curves:
         data = data_statement(results, "cifar10", {})[0]
-        caption = f"{FIGURE_4A}. Ours, on {data}; lines are means over the seeds."
+        caption = f"{FIGURE_4A}. Ours, on {data}; lines are means over the seeds, bands one standard deviation."
         yield Drawn("figure4a", figures.accuracy_by_epoch(curves, "eval/top1", "test accuracy, %"), caption)
     runtime = results.runtime
     if runtime:
@@ -96,6 +110,21 @@ def _pictures(results: Results) -> Iterator[Drawn]:
         traces = {NAMES[name]: trace for name, trace in results.traces.items()}
         data = "; ".join(f"{NAMES[name]}: {data_statement(results, name, {})[0]}" for name in results.traces)
         yield Drawn("figure5", figures.figure5(traces), f"{FIGURE_5}. With it the residual. Ours: {data}.")
+        by_scale = {name: trace for name, trace in traces.items() if "residual_1" in trace}
+        if by_scale:
+            yield Drawn("figure5-scales", figures.figure5_scales(by_scale), f"{FIGURE_5_SCALES}. Ours: {data}.")
+    trained = {
+        f"{found['model']}, {NAMES[name]}": results.history[TRAINED_BY[name], found["model"]]
+        for name, found in results.convergence.items()
+        if (TRAINED_BY[name], found.get("model")) in results.history
+    }
+    trained = {name: table for name, table in trained.items() if "solver/residual_after_2" in table}
+    if trained:
+        yield Drawn("figure5-training", figures.figure5_training(trained), f"{FIGURE_5_TRAINING}, by epoch.")
+    limited = {f"{m}, {NAMES[d]}": e["by_steps"] for (d, m), e in results.evaluation.items() if "by_steps" in e}
+    if limited:
+        caption = "Test accuracy with the solver stopped after so many steps, each one evaluation of f."
+        yield Drawn("accuracy-by-steps", figures.accuracy_by_steps(limited), caption)
     for (stage, model), table in results.history.items():
         figure = figures.training_curves(table, f"{stage}/{model}")
         yield Drawn(f"curves-{stage}-{model}", figure, f"{stage}/{model}: training loss and validation by epoch.")
@@ -113,9 +142,13 @@ def _markdown(results: Results, drawn: dict[int, list[Line]], pictures: dict[str
     yield from _markdown_runtime(results)
     yield from ("## Figure 5: convergence to the equilibrium (Sec. 4.5)", "")
     yield from _markdown_convergence(results)
-    for name in ("figure4a", "figure4b", "figure5"):
-        if name in pictures:
-            yield from (f"![{name}](figures/{name}.png)", "", pictures[name].caption, "")
+    for title, varied in ablations(results).items():
+        yield from (f"## {title}", "", "| model | accuracy, % | where it ran |", "|---|---:|---|")
+        yield from (f"| {line.row.system} | {line.ours[0]} | {line.note}; {line.device} |" for line in varied)
+        yield ""
+    for name, picture in pictures.items():
+        if not name.startswith("curves-"):
+            yield from (f"![{name}](figures/{name}.png)", "", picture.caption, "")
     yield from (f"- {problem}" for problem in results.problems)
 
 
