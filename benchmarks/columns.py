@@ -12,17 +12,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.published_broyden import PublishedBroyden
-from mdeq import Anderson, Broyden, Gmres, Implicit, Network, Phantom
-from mdeq.equilibrium import equilibrium
+from mdeq import Anderson, Broyden, Gmres, Implicit, Network, Phantom, Reversible
+from mdeq.equilibrium import BatchMap, equilibrium
 from mdeq.solvers import Map, Solution, Solver
 
-Layer = Callable[[Map, Tensor], Tensor]  # f, z0 -> an equilibrium with its gradient
+Layer = Callable[[BatchMap, Tensor], Tensor]  # f, z0 -> an equilibrium with its gradient
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,30 @@ class Probe:
     backward_residual: float | None
 
 
-def ours(name: str, forward: Solver, rule: Implicit | Phantom) -> Column:
-    """A column of this library."""
-    return Column(name, lambda f, z0: equilibrium(f, z0, forward, rule)[0], isinstance(rule, Implicit))
+def ours(name: str, forward: Solver, rule: Implicit | Phantom | Reversible, at_once: int | None = None) -> Column:
+    """A column of this library, which solves `at_once` samples together."""
+    return Column(name, lambda f, z0: equilibrium(f, z0, forward, rule, at_once=at_once)[0], isinstance(rule, Implicit))
 
 
-def anderson_gmres(forward: int, backward: int) -> Column:
+def anderson_gmres(forward: int, backward: int, at_once: int | None = None) -> Column:
     """Anderson and GMRES, run to their limits."""
     name = f"ours, Anderson {forward} / GMRES {backward}"
-    return ours(name, Anderson(forward, tolerance=0.0), Implicit(Gmres(backward, tolerance=0.0)))
+    return ours(name, Anderson(forward, tolerance=0.0), Implicit(Gmres(backward, tolerance=0.0)), at_once)
 
 
-def contestants(forward: int, backward: int, only: list[str] | None = None) -> list[Column]:
-    """Every column with `forward` and `backward` solver updates; those whose name holds one of the texts in `only`."""
+def contestants(forward: int, backward: int, at_once: int | None, only: list[str] | None = None) -> list[Column]:
+    """Every column with `forward` and `backward` solver updates; those whose name holds one of the texts in `only`.
+
+    Ours solve `at_once` samples together, one of them the whole batch, as the peers do.
+    """
     broyden, implicit = Broyden(forward, tolerance=0.0), Implicit(Broyden(backward, tolerance=0.0))
     published = PublishedBroyden(forward), Implicit(PublishedBroyden(backward))  # type: ignore[arg-type]
     found = [
-        ours("ours, Broyden / Broyden", broyden, implicit),
-        ours("ours, Broyden / GMRES", broyden, Implicit(Gmres(backward, tolerance=0.0))),
-        anderson_gmres(forward, backward),
-        ours("ours, Broyden / one step", broyden, Phantom(1, 1.0)),
+        ours("ours, Broyden / Broyden", broyden, implicit, at_once),
+        ours("ours, Broyden / Broyden, whole batch", broyden, implicit),
+        ours("ours, Broyden / GMRES", broyden, Implicit(Gmres(backward, tolerance=0.0)), at_once),
+        anderson_gmres(forward, backward, at_once),
+        ours("ours, Broyden / one step", broyden, Phantom(1, 1.0), at_once),
         ours("authors' form, (U, V) Broyden", *published),
         *_torchdeq(forward, backward),
     ]
@@ -108,7 +113,12 @@ class Step:
     def __init__(self, network: Network, images: Tensor, targets: Tensor) -> None:
         self.network, self.images, self.targets = network, images, targets
 
-    def problem(self) -> tuple[Map, Tensor, Callable[[Tensor], Tensor]]:
+    @property
+    def at_once(self) -> int | None:
+        """How many samples the library itself would solve together."""
+        return self.network.backbone.at_once(self.problem()[1])
+
+    def problem(self) -> tuple[BatchMap, Tensor, Callable[[Tensor], Tensor]]:
         """f, z0 (B, D), and the loss of an equilibrium (B, D)."""
         torch.manual_seed(0)
         f, z0, scales = self.network.backbone.fixed_point_problem(self.images)
@@ -127,30 +137,43 @@ class Step:
 
 
 class _Tap:
-    """f, counting its calls and the gradients that come back.
+    """f, counting its calls and the gradients that come back; rows of it are tapped apart.
 
     Attributes:
-        z: The state of the first tape, which carries the gradient on to the weights.
+        first: The state of the first tape, which carries the gradient on to the weights.
         u: The last gradient that came to that tape.
-        linearised: The state of the last tape, on whose Jacobian an adjoint is solved.
+        last: The state of the last tape, on whose Jacobian an adjoint is solved.
     """
 
-    def __init__(self, f: Map) -> None:
-        self.f, self.evaluations, self.passes = f, 0, 0
-        self.z: Tensor | None = None
+    def __init__(self, f: BatchMap) -> None:
+        self.f, self.parts = f, list[_Tap]()
+        self.evaluations, self.passes = 0, 0
+        self.first: Tensor | None = None
         self.u: Tensor | None = None
-        self.linearised: Tensor | None = None
+        self.last: Tensor | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         self.evaluations += 1
         fz = self.f(z)
         if torch.is_grad_enabled():
-            first = self.z is None
-            self.linearised = z.detach()
+            first = self.first is None
+            self.last = z.detach()
             if first:
-                self.z = self.linearised
+                self.first = self.last
             fz.register_hook(lambda gradient: self._note(gradient, first))
         return fz
+
+    def rows(self, rows: slice) -> Map:
+        self.parts.append(_Tap(self.f.rows(rows)))  # type: ignore[arg-type]
+        return self.parts[-1]
+
+    def joined(self, name: Literal["first", "u", "last"]) -> Tensor:
+        """That attribute of the whole batch."""
+        return torch.cat([getattr(part, name) for part in self.parts or [self]])
+
+    def most(self, name: Literal["evaluations", "passes"]) -> int:
+        """That count, of the part that has most."""
+        return max(getattr(part, name) for part in self.parts or [self])
 
     def _note(self, gradient: Tensor, first: bool) -> None:
         self.passes += 1
@@ -158,17 +181,16 @@ class _Tap:
             self.u = gradient.detach()
 
 
-def probe(column: Column, f: Map, z0: Tensor, loss: Callable[[Tensor], Tensor]) -> Probe:
+def probe(column: Column, f: BatchMap, z0: Tensor, loss: Callable[[Tensor], Tensor]) -> Probe:
     """Runs `column` forward and backward on z = f(z) and `loss`, and recomputes its residuals."""
     tap = _Tap(f)
     output = column.layer(tap, z0)
     arrived: list[Tensor] = []
     output.register_hook(lambda gradient: arrived.append(gradient.detach()))
     loss(output).backward()
-    assert tap.z is not None and tap.u is not None and tap.linearised is not None
-    forward = forward_residual(f, tap.z)
-    backward = backward_residual(f, tap.linearised, tap.u, arrived[0]) if column.implicit else None
-    return Probe(tap.evaluations, tap.passes, forward, backward)
+    forward = forward_residual(f, tap.joined("first"))
+    backward = backward_residual(f, tap.joined("last"), tap.joined("u"), arrived[0]) if column.implicit else None
+    return Probe(tap.most("evaluations"), tap.most("passes"), forward, backward)
 
 
 def forward_residual(f: Map, z: Tensor) -> float:
@@ -217,7 +239,7 @@ def at_equal_residual(step: Step, peer: Probe, limit: int) -> tuple[int, int] | 
     for n in _candidates(
         torch.cat([torch.ones_like(solutions[0].trace[:1]), solutions[0].trace]), peer.backward_residual
     ):
-        found = step.probe(anderson_gmres(forward, n))
+        found = step.probe(anderson_gmres(forward, n, step.at_once))
         assert found.backward_residual is not None
         if found.forward_residual <= peer.forward_residual and found.backward_residual <= peer.backward_residual:
             return forward, n
@@ -238,24 +260,37 @@ def _candidates(rows: Tensor, target: float) -> range:
 # ---- the solver's own time
 
 
-def own_milliseconds(layer: Layer, f: Map, z0: Tensor, repeats: int = 7) -> float:
-    """Milliseconds that the forward solver itself takes for an evaluation of f.
+class _Replay:
+    """f whose values are recorded in a first solve and given again in the next ones, for rows apart."""
 
-    The values of f in one solve are recorded and given again, so that the same arithmetic runs without f; the least of
-    `repeats`.
-    """
-    values: list[Tensor] = []
+    def __init__(self, f: BatchMap) -> None:
+        self.f, self.values, self.parts = f, list[Tensor](), dict[int, _Replay]()
+        self.next: int | None = None
 
-    def record(z: Tensor) -> Tensor:
-        values.append(f(z))
-        return values[-1]
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.next is None:
+            self.values.append(self.f(z))
+            return self.values[-1]
+        self.next += 1
+        return self.values[self.next - 1]
 
+    def rows(self, rows: slice) -> Map:
+        return self.parts.setdefault(rows.start, _Replay(self.f.rows(rows)))  # type: ignore[arg-type]
+
+    def again(self) -> None:
+        """From the first value on."""
+        for part in (self, *self.parts.values()):
+            part.next = 0
+
+
+def own_milliseconds(layer: Layer, f: BatchMap, z0: Tensor, repeats: int = 7) -> float:
+    """Milliseconds that the forward solver itself takes for an evaluation of f on the batch, the least of `repeats`."""
+    replay, seconds = _Replay(f), []
     with torch.no_grad():
-        layer(record, z0)
-        seconds = []
+        layer(replay, z0)
         for _ in range(repeats):
-            again = iter(values)
+            replay.again()
             began = time.perf_counter()
-            layer(lambda z: next(again), z0)  # noqa: B023
+            layer(replay, z0)
             seconds.append(time.perf_counter() - began)
-    return 1000 * min(seconds) / len(values)
+    return 1000 * min(seconds) / max(len(part.values) for part in (replay, *replay.parts.values()))

@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(given)
     there = setting.load(arguments)
-    columns = contestants(there.preset.forward, there.preset.backward, arguments.only)
+    at_once = Step(there.network, *there.batch()).at_once
+    columns = contestants(there.preset.forward, there.preset.backward, at_once, arguments.only)
     if arguments.one:
         column = next(column for column in columns if column.name == arguments.one)
         print(json.dumps(_steps(column, there)))

@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", action="append", metavar="TEXT", help="columns whose name holds TEXT; repeatable")
     arguments = parser.parse_args(argv)
     there = setting.load(arguments)
-    columns = contestants(there.preset.forward, there.preset.backward, arguments.only)
     step = Step(there.network, *there.batch())
+    columns = contestants(there.preset.forward, there.preset.backward, step.at_once, arguments.only)
     probes = {column.name: step.probe(column) for column in columns}  # which also warms up
     columns += _at_equal_residual(step, columns, probes, LIMIT * there.preset.backward)
     samples: dict[str, list[timing.Sample]] = {column.name: [] for column in columns}
@@ -73,7 +73,7 @@ def _at_equal_residual(step: Step, columns: list[Column], probes: dict[str, Prob
                 peers.setdefault(numbers, []).append(column.name)
     found = []
     for numbers, names in peers.items():
-        column = anderson_gmres(*numbers)
+        column = anderson_gmres(*numbers, step.at_once)
         column = Column(f"{column.name}, at the residuals of {' and '.join(names)}", column.layer)
         probes[column.name] = step.probe(column)
         found.append(column)

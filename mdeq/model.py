@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +23,7 @@ from mdeq.solvers import Anderson, Broyden, FixedPoint, Map, Solution
 from mdeq.transformation import BoundTransformation, Transformation, Upsampling
 
 ForwardSolver = Broyden | Anderson | FixedPoint
-CACHE_BYTES = 2**22  # of features that a CPU's cache takes beside the weights and the solver's history
+CACHE_BYTES = 5 * 2**20  # of features that a CPU's cache takes beside the weights and the solver's history
 
 
 @dataclass(frozen=True)
@@ -151,20 +150,17 @@ class MDEQ(nn.Module):
         if unroll_steps is not None:
             z, solution = unroll(f, z0, unroll_steps), None
         else:
-            z, solution = equilibrium(
-                f, z0, self.forward_solver, self.backward, self.on_backward, self._at_once(scales, z0)
-            )
+            z, solution = equilibrium(f, z0, self.forward_solver, self.backward, self.on_backward, self.at_once(z0))
             if not self.training or self.config.train_output == "z*":
                 z = solution.value + (z - z.detach())
         estimate = _jacobian(f, z, jacobian_probes) if jacobian_probes else None
         return Equilibrium(scales.split(z), solution, estimate)
 
-    def _at_once(self, scales: Scales, z0: Tensor) -> int | None:
-        """How many samples are solved together: on a CPU those whose widest features stay in its cache."""
+    def at_once(self, z0: Tensor) -> int | None:
+        """How many samples of a state (B, D) are solved together: on a CPU those whose features stay in its cache."""
         if z0.device.type != "cpu":
             return None
-        widest = max(math.prod(shape) for shape in scales.shapes) * self.config.expansion * z0.element_size()
-        return max(1, CACHE_BYTES // widest)
+        return max(1, CACHE_BYTES // (self.config.expansion * z0.shape[1] * z0.element_size()))
 
     def fixed_point_problem(
         self, image: Tensor, *, softplus: float | None = None

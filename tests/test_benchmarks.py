@@ -28,13 +28,26 @@ RADIUS, DIM = 0.7, 4
 TORCHDEQ = importlib.util.find_spec("torchdeq") is not None
 
 
-def linear() -> tuple[Map, Tensor, Tensor]:
+class Linear:
+    """z -> A z + c, also for some rows alone."""
+
+    def __init__(self, weight: Tensor, c: Tensor) -> None:
+        self.weight, self.c = weight, c
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z @ self.weight.T + self.c
+
+    def rows(self, rows: slice) -> Map:
+        return Linear(self.weight, self.c[rows])
+
+
+def linear() -> tuple[Linear, Tensor, Tensor]:
     """f(z) = A z + c with A = RADIUS times a rotation, so |A^n c| = RADIUS^n |c|; A and c (B, D)."""
     generator = torch.Generator().manual_seed(0)
     rotation, _ = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator, dtype=torch.float64))
     c = torch.randn(3, DIM, generator=generator, dtype=torch.float64)
     weight = (RADIUS * rotation).requires_grad_()
-    return lambda z: z @ weight.T + c, weight.detach(), c
+    return Linear(weight, c), weight.detach(), c
 
 
 def probed(column: Column) -> Probe:
@@ -56,7 +69,7 @@ def test_recomputed_residuals_are_those_of_theory() -> None:
     assert found.passes == n + 1
 
 
-@pytest.mark.parametrize("column", contestants(3 * DIM, 3 * DIM), ids=lambda column: column.name)
+@pytest.mark.parametrize("column", contestants(3 * DIM, 3 * DIM, 2), ids=lambda column: column.name)
 def test_every_column_solves_a_linear_map(column: Column) -> None:
     """Broyden's method ends within 2 D updates of a linear system (Gay 1979), GMRES within D."""
     found = probed(column)
