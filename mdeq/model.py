@@ -23,7 +23,7 @@ from mdeq.solvers import Anderson, Broyden, FixedPoint, Map, Solution
 from mdeq.transformation import BoundTransformation, Transformation, Upsampling
 
 ForwardSolver = Broyden | Anderson | FixedPoint
-CACHE_BYTES = 5 * 2**20  # of features that a CPU's cache takes beside the weights and the solver's history
+CACHE_BYTES = 5 * 2**20  # of f's features, to share a CPU's last cache with the solver's history
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,14 @@ class MDEQ(nn.Module):
         return Equilibrium(scales.split(z), solution, estimate)
 
     def at_once(self, z0: Tensor) -> int | None:
-        """How many samples of a state (B, D) are solved together: on a CPU those whose features stay in its cache."""
+        """How many samples of a state (B, D) are solved together.
+
+        On a CPU as many as leave f's features in the cache, or as outweigh f's parameters, which each part reads anew.
+        """
         if z0.device.type != "cpu":
             return None
-        return max(1, CACHE_BYTES // (self.config.expansion * z0.shape[1] * z0.element_size()))
+        weights = sum(p.numel() for p in self.f.parameters()) * z0.element_size()
+        return max(1, max(CACHE_BYTES, weights) // (self.config.expansion * z0.shape[1] * z0.element_size()))
 
     def fixed_point_problem(
         self, image: Tensor, *, softplus: float | None = None
