@@ -1,10 +1,16 @@
 """Gradients through an equilibrium against the dense (I - J)^-1, long unrolling, and each other, in float64."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import torch._functorch.config
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.nn.parallel import DistributedDataParallel
 
 from mdeq import (
     Anderson,
@@ -67,7 +73,7 @@ def dense(model, x, z0, direction):
         matrix = jacobian[0, :, 0]
         assert torch.linalg.matrix_norm(matrix, 2) < 0.61
         adjoint.append(torch.linalg.solve(torch.eye(len(matrix), dtype=torch.float64) - matrix.T, direction[i]))
-    return torch.autograd.grad(f(z), [x, model.w, model.u], torch.stack(adjoint))
+    return grad(f(z), [x, model.w, model.u], torch.stack(adjoint))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.solver.kind)
@@ -90,7 +96,7 @@ def test_one_phantom_step_is_jacobian_free(problem):
     model, x, z0, direction = problem
     with torch.no_grad():
         z = TIGHT(model.bind(x), z0).value
-    expected = torch.autograd.grad(model.bind(x)(z), model.w, direction)[0]
+    expected = grad(model.bind(x)(z), model.w, direction)[0]
     torch.testing.assert_close(gradients(*problem, Phantom(1, 1.0))[1], expected, rtol=1e-10, atol=1e-12)
 
 
@@ -145,19 +151,189 @@ def test_any_size_any_number_of_scales(channels, size):
     assert prediction.equilibrium.scales[0].shape == (2, 8, *size)
 
 
-def test_evaluation_mode_with_gradients_autocast_and_deep_copies():
-    network = small_network().eval()
-    image = torch.randn(2, 3, 16, 16)
-    logits = network(image).logits
-    logits.sum().backward()
+def contractive_network(**settings):
+    """In float64; f's outputs vary little around a bias, so that its Jacobian is small but far from zero."""
+    network = small_network(TIGHT, RULES[2], post_fusion_affine=True, **settings).double()
     with torch.no_grad():
-        torch.testing.assert_close(network(image).logits, logits)  # the head reads z* either way
-    averaged = torch.optim.swa_utils.AveragedModel(copy.deepcopy(network))
-    torch.testing.assert_close(averaged(image).logits, logits)
+        for layer in network.backbone.f.post:
+            layer.norm.weight.fill_(0.03)
+            layer.norm.bias.normal_()
+    return network
+
+
+@pytest.mark.parametrize("part", ["backbone.stem", "backbone.f", "head"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("channels", "size"), [((8,), (9, 9)), ((8, 8), (33, 33)), ((8, 8, 16), (12, 20))])
+def test_the_models_gradient_is_the_slope_of_its_loss(channels, size, training, part):
+    """Along a random direction, against central differences of the solved loss."""
+    network = contractive_network(channels=channels).train(training)
+    image, labels = torch.randn(2, 3, *size, dtype=torch.float64), torch.tensor([0, 3])
+    parameters = list(network.get_submodule(part).parameters())
+    directions = [torch.randn_like(p) * p.std() for p in parameters]
+
+    def loss() -> Tensor:
+        return F.cross_entropy(network(image).logits, labels)
+
+    def derivative() -> Tensor:
+        return torch.stack([(g * d).sum() for g, d in zip(grad(loss(), parameters), directions, strict=True)]).sum()
+
+    def moved(by: float) -> Tensor:
+        with torch.no_grad():
+            torch._foreach_add_(parameters, directions, alpha=by)
+            value = loss()
+            torch._foreach_add_(parameters, directions, alpha=-by)
+        return value
+
+    slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
+    torch.testing.assert_close(derivative(), slope, rtol=1e-5, atol=1e-9)
+    if part == "backbone.f":  # the test would see a gradient that ignores J
+        network.backbone.backward = Phantom(1, 1.0)
+        assert abs(derivative() - slope) > 1e-3 * abs(slope)
+
+
+def replica(rank: int, folder: Path) -> None:
+    """One of two processes that train the network on half of the batch each."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    network = DistributedDataParallel(small_network().double().eval())
+    image, labels = torch.load(folder / "batch.pt")
+    for _ in range(2):
+        network.zero_grad()
+        F.cross_entropy(network(image.chunk(2)[rank]).logits, labels.chunk(2)[rank]).backward()
+    torch.save([p.grad for p in network.parameters()], folder / f"gradients{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
+    """Batch normalisation is in evaluation mode: its statistics would differ, whatever the library does."""
+    network = small_network().double().eval()
+    image, labels = torch.randn(4, 3, 12, 12, dtype=torch.float64), torch.tensor([0, 3, 1, 4])
+    torch.save((image, labels), tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(replica, (tmp_path,), nprocs=2)  # type: ignore[attr-defined]
+    F.cross_entropy(network(image).logits, labels).backward()
+    for rank in range(2):
+        for ours, whole in zip(torch.load(tmp_path / f"gradients{rank}.pt"), network.parameters(), strict=True):
+            torch.testing.assert_close(ours, whole.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_autocast_costs_the_gradient_no_more_than_its_digits(problem):
+    model, x, z0, direction = (v.float() for v in problem)
+    rule = Implicit(Gmres(steps=8, tolerance=1e-6))
+    full = gradients(model, x, z0, direction, rule, Broyden(steps=30, tolerance=1e-6))
+    seen = []
     with torch.autocast("cpu", torch.bfloat16):
-        half = network(image)
-    half.logits.float().sum().backward()
-    assert half.equilibrium.solution.value.dtype == torch.float32
+        model.zero_grad()
+        z, solution = equilibrium(model.bind(x), z0, Broyden(steps=30, tolerance=1e-2), rule, seen.append)
+    (z * direction).sum().backward()
+    assert solution.converged.all() and solution.value.dtype == seen[0].value.dtype == torch.float32
+    error = (model.w.grad - full[1]).norm() / full[1].norm()
+    assert 1e-5 < error < 8 * 2**-8 / (1 - 0.6)  # a few roundings to 8 bits, amplified by |(I - J)^-1|
+
+
+def test_a_compiled_f_gives_the_same_gradient_batch_after_batch():
+    """Back-propagated through once in the warm-up and many times in an adjoint solve: no buffer may be given away."""
+    network = contractive_network()
+
+    def step(image: Tensor, unrolled: bool, compiled: bool) -> list[Tensor]:
+        network.zero_grad()
+        f, z0, scales = network.backbone.fixed_point_problem(image)
+        f = torch.compile(f, backend="aot_eager") if compiled else f
+        z = unroll(f, z0, 3) if unrolled else equilibrium(f, z0, TIGHT, RULES[2])[0]
+        network.head(scales.split(z)).square().sum().backward()
+        return [p.grad.clone() for p in network.parameters()]
+
+    with torch._functorch.config.patch(donated_buffer=False):  # type: ignore[attr-defined]
+        for unrolled in (True, False, False):
+            image = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+            for ours, expected in zip(step(image, unrolled, True), step(image, unrolled, False), strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_copies_made_after_a_step_train_on_their_own():
+    network = small_network().double()
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    network.backbone.on_backward = [].append  # as the training loop leaves it
+    before = network(image)
+    before.logits.sum().backward()
+    averaged = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    twin = copy.deepcopy(network)
+    torch.testing.assert_close(averaged(image).logits, before.logits)
+    first, g = network.head.classifier.weight.detach().clone(), network.head.classifier.weight.grad.clone()
+    for _ in range(2):  # the first update copies the weights
+        averaged.update_parameters(network)
+        torch.optim.SGD(network.parameters(), 0.1).step()
+    torch.testing.assert_close(averaged.module.head.classifier.weight, first - 0.05 * g)
+    twin(image).logits.sum().backward()
+    torch.testing.assert_close(twin.head.classifier.weight.grad, g)
+
+
+def published_broyden(f, z0: Tensor, steps: int, stop: str, tolerance: float = 1e-3) -> Tensor:
+    """The (U, V) form on the whole batch as one vector, as published: -I + U V^T is the inverse Jacobian of f - id.
+
+    Broyden's update with the Sherman-Morrison formula (Kelley 1995, Sec. 7.1); the iterate of smallest residual after
+    the first is returned. The relative one is measured against the iterate's own f, in the adjoint solve too.
+    """
+    z, g, u, v, best, smallest = z0, f(z0) - z0, [], [], z0, torch.inf
+
+    def inverse(x: Tensor) -> Tensor:
+        return sum(((b * x).sum() * a for a, b in zip(u, v, strict=True)), -x)
+
+    def transposed(x: Tensor) -> Tensor:
+        return sum(((a * x).sum() * b for a, b in zip(u, v, strict=True)), -x)
+
+    for _ in range(steps):
+        step = -inverse(g)
+        z = z + step
+        new = f(z) - z
+        residual = float(new.norm() / ((new + z).norm() if stop == "relative" else 1))
+        if residual < smallest:
+            best, smallest = z, residual
+        if smallest < tolerance:
+            break
+        change, g = new - g, new
+        row = transposed(step)
+        u.append((step - inverse(change)) / (row * change).sum())
+        v.append(row)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("stop", "network"), [("absolute", small_network), ("relative", contractive_network)])
+def test_a_training_step_is_the_published_one(seed, stop, network):
+    """With a batch of one, where the batch-wide and the per-sample selection of the best iterate agree (float64).
+
+    Their relative residual of the adjoint has |J^T u + b| below, ours |b|: they may choose other iterates unless u
+    converges.
+    """
+    network = network(channels=(8, 8, 16), dropout=0.25).double()
+    network.backbone.forward_solver = Broyden(steps=18, stop=stop)
+    network.backbone.backward = Implicit(Broyden(steps=20, stop=stop))
+    torch.manual_seed(seed)
+    image, labels = torch.randn(1, 3, 16, 16, dtype=torch.float64), torch.tensor([2])
+
+    def gradient() -> Tensor:
+        return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    torch.manual_seed(9)  # the same dropout masks
+    F.cross_entropy(network(image).logits, labels).backward()
+    ours = gradient()
+
+    network.zero_grad()
+    torch.manual_seed(9)
+    f, z0, scales = network.backbone.fixed_point_problem(image)
+    with torch.no_grad():
+        z = published_broyden(f, z0, 18, stop)
+    fz = f(z.requires_grad_())
+    read = fz.detach().requires_grad_()
+    F.cross_entropy(network.head(scales.split(read)), labels).backward()
+    b = read.grad
+    adjoint = lambda u: grad(fz, z, u, retain_graph=True)[0] + b  # noqa: E731
+    fz.backward(published_broyden(adjoint, 0 * b, 20, stop))
+    published = gradient()
+    assert F.cosine_similarity(ours, published, dim=0) > 0.9999
+    assert abs(ours.norm() / published.norm() - 1) < 0.01
 
 
 def test_dropout_mask_is_fixed_during_a_solve_and_drawn_anew_each_time():

@@ -1,8 +1,11 @@
 """Solvers against problems whose solution is known, in float64."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdeq import Anderson, Broyden, FixedPoint, Gmres
 
@@ -95,12 +98,101 @@ def test_a_sample_never_feels_its_batch(solver):
     assert torch.isfinite(beside.value).all() and not beside.converged[3:].any()
 
 
+def test_the_start_is_returned_only_if_it_solves_or_nothing_else_is_finite():
+    """Of z -> 2z + 1 every iterate is worse than the one before; the published solvers never return the first."""
+    solution = FixedPoint(steps=3, tolerance=1e-9, stop="absolute")(lambda z: 2 * z + 1, torch.tensor([[0.0], [-1.0]]))
+    assert solution.steps.tolist() == [1, 0] and solution.value.tolist() == [[1.0], [-1.0]]
+    assert solution.converged.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("solver", [Broyden(), Anderson(), FixedPoint()], ids=lambda s: s.kind)
 def test_nothing_finite_returns_the_start(solver):
     z0 = torch.randn(2, 5)
     solution = solver(lambda z: z * torch.nan, z0)
     torch.testing.assert_close(solution.value, z0)
     assert not solution.converged.any() and not torch.isfinite(solution.trace).any()
+
+
+STEPS = 6
+SHORT = [Broyden(steps=STEPS, tolerance=0), Anderson(steps=STEPS, tolerance=0), FixedPoint(steps=STEPS, tolerance=0)]
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("at", range(STEPS + 1))
+@pytest.mark.parametrize("solver", SHORT, ids=lambda s: s.kind)
+def test_non_finite_at_any_step_ends_that_sample_at_its_best(solver, at, poison):
+    """One sample's f is poisoned in evaluation `at` and in no other: it must not come back either."""
+    f = tanh_map(3, 8)
+    visited: list[Tensor] = []
+
+    def poisoned(z: Tensor) -> Tensor:
+        value = f(z)
+        if len(visited) == at:
+            value[1, 3] = poison
+        visited.append(z.clone())
+        return value
+
+    z0 = torch.randn(3, 8)
+    clean, solution = solver(f, z0), solver(poisoned, z0)
+    assert solution.nfe == len(visited) == STEPS + 1
+    candidates = range(1, at) if at > 1 else [0]  # the start counts only where nothing else is finite
+    best = min(candidates, key=lambda k: float(clean.trace[k, 1]))
+    assert solution.steps[1] == best and not solution.converged[1]
+    torch.testing.assert_close(solution.value[1], visited[best][1], rtol=0, atol=1e-12)
+    assert bool(torch.isfinite(solution.trace[at:, 1]).any()) == (at > 0)
+    for i in (0, 2):
+        torch.testing.assert_close(solution.value[i], clean.value[i], rtol=0, atol=1e-12)
+        torch.testing.assert_close(solution.trace[:, i], clean.trace[:, i], rtol=0, atol=1e-12)
+        assert solution.steps[i] == clean.steps[i]
+
+
+@pytest.mark.parametrize("at", range(STEPS))
+def test_gmres_survives_a_non_finite_product(at):
+    """The poisoned sample keeps what its products so far give: a solve of that many; its neighbours do not notice."""
+    f, calls = Affine(3, 9), Counter()
+
+    def product(v: Tensor) -> Tensor:
+        value = torch.bmm(f.a, v[:, :, None])[:, :, 0]
+        if calls["now"] == at and calls["poison"]:
+            value[1] = torch.nan
+        calls["now"] += 1
+        return value
+
+    clean = Gmres(steps=STEPS, tolerance=0)(product, f.b)
+    short = Gmres(steps=at, tolerance=0)(product, f.b).value if at else torch.zeros(3, 9)
+    calls.update(now=-calls["now"], poison=1)
+    solution = Gmres(steps=STEPS, tolerance=0)(product, f.b)
+    assert solution.nfe == calls["now"] and not solution.converged[1]
+    torch.testing.assert_close(solution.value[1], short[1], rtol=0, atol=1e-12)
+    for i in (0, 2):
+        torch.testing.assert_close(solution.value[i], clean.value[i], rtol=0, atol=1e-12)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what a GPU would be waited for: values read by the host, and shapes that depend on values."""
+
+    names = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_linalg_check_errors")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.names
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+@pytest.mark.parametrize("kind", [Broyden, Anderson, FixedPoint, Gmres])
+def test_the_host_waits_at_most_once_every_so_many_evaluations(kind, every):
+    f = Affine(2, 9)
+    solver = kind(steps=8, tolerance=0, check_every=every)
+    with Synchronisations() as seen:
+        if isinstance(solver, Gmres):
+            solution = solver(lambda v: torch.bmm(f.a, v[:, :, None])[:, :, 0], f.b)
+        else:
+            solution = solver(f, torch.zeros(2, 9))
+    assert seen.count == 8 // every and solution.nfe == (8 if kind is Gmres else 9)
 
 
 def test_broyden_is_the_published_algorithm():
