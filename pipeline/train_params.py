@@ -83,7 +83,18 @@ OptimizerParams = Annotated[
     Field(discriminator="kind"),
 ]
 WarmUpParams = Annotated[WarmUp, Ranges(layers=Natural, steps=Field(ge=0), softplus=Positive)]
-JacobianParams = Annotated[JacobianTerm, Ranges(weight=_Decay, probability=Field(ge=0, le=1), probes=Natural)]
+JacobianParams = Annotated[
+    JacobianTerm,
+    Ranges(
+        weight=_Decay,
+        probability=Field(ge=0, le=1),
+        probes=Natural,
+        warm_up_weight=_Decay,
+        increase=_Decay,
+        increase_every=Natural,
+        stop_epoch=Natural,
+    ),
+]
 Size = Annotated[tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")]
 
 

@@ -63,11 +63,27 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class JacobianTerm:
-    """Adds weight x |J|_F^2 / numel(z) to the loss of an implicit step, with the given probability."""
+    """Adds weight x |J|_F^2 / numel(z) to the loss of a step, with the given probability.
+
+    The weight is `warm_up_weight` in the warm-up, then `weight` and `increase` more every `increase_every` updates since;
+    nothing after `stop_epoch` epochs (Bai, Koltun and Kolter, ICML 2021, as their code has it).
+    """
 
     weight: float
     probability: float = 1.0
     probes: int = 1
+    warm_up_weight: float = 0.0
+    increase: float = 0.0
+    increase_every: int = 1
+    stop_epoch: int | None = None
+
+    def weight_at(self, step: int, epoch: int, warm_up: int) -> float:
+        """The weight in update `step`, of epoch `epoch` (both from 0), when `warm_up` updates are unrolled."""
+        if step < warm_up:
+            return self.warm_up_weight
+        if self.stop_epoch is not None and epoch >= self.stop_epoch:
+            return 0.0
+        return self.weight + self.increase * ((step - warm_up) // self.increase_every)
 
 
 @dataclass(frozen=True)
@@ -198,7 +214,7 @@ def train(
         for images, targets in loader:
             set_lr(optimizer, cosine(recipe.optimizer.lr, state.step, total))
             torch.manual_seed((seed * 2_147_483_659 + state.step) % 2**63)
-            values = _update(model, optimizer, images.to(device), targets.to(device), task.loss, recipe, state.step)
+            values = _update(model, optimizer, images.to(device), targets.to(device), task.loss, recipe, state)
             if not math.isfinite(values["loss/train"]):
                 raise TrainingError(_not_finite(state, values))
             state.loss_sum += values["loss/train"]
@@ -311,13 +327,14 @@ def _update(
     targets: Tensor,
     loss_function: Loss,
     recipe: Recipe,
-    step: int,
+    state: _State,
 ) -> Row:
     """One update of the weights; its figures."""
     start = time.perf_counter()
-    warm_up = recipe.warm_up if recipe.warm_up and step < recipe.warm_up.steps else None
+    warm_up = recipe.warm_up if recipe.warm_up and state.step < recipe.warm_up.steps else None
     term = recipe.jacobian
-    penalised = warm_up is None and term is not None and float(torch.rand(())) < term.probability
+    weight = term.weight_at(state.step, state.epoch, recipe.warm_up.steps if recipe.warm_up else 0) if term else 0.0
+    probes = term.probes if term and weight > 0 and float(torch.rand(())) < term.probability else 0
     adjoint: list[Solution] = []
     if isinstance(model, Network):
         model.backbone.on_backward = adjoint.append
@@ -327,16 +344,16 @@ def _update(
                 images,
                 unroll_steps=warm_up.layers if warm_up else None,
                 softplus=warm_up.softplus if warm_up else None,
-                jacobian_probes=term.probes if penalised and term else 0,
+                jacobian_probes=probes,
             )
         else:
             prediction = model(images)
         loss = loss_function(prediction.logits, targets)
     objective = loss
     values: Row = {}
-    if penalised and term:
+    if probes:
         estimate = prediction.equilibrium.jacobian
-        objective = loss + term.weight * estimate
+        objective = loss + weight * estimate
         values["solver/jacobian"] = float(estimate.detach())
     optimizer.zero_grad(set_to_none=True)
     objective.backward()

@@ -130,6 +130,7 @@ def test_a_stage_reads_its_own_section_alone(workspace: Path) -> None:
         ("head.channels", [8], "head.channels: must have 2 numbers, one a scale of model.channels"),
         ("warm_up.steps", GONE, "warm_up.steps: is missing"),
         ("jacobian", {"weight": -1.0}, "jacobian.weight: must be at least 0, not -1.0"),
+        ("jacobian", {"weight": 1.0, "stop_epoch": 0}, "jacobian.stop_epoch: must be at least 1, not 0"),
         ("seeds", [1, 1], "seeds: must differ from each other, not [1, 1]"),
         ("augment", "on", 'augment: must be a valid boolean, not "on"'),
         ("precision", "float16", "precision: must be 'float32' or 'bfloat16', not \"float16\""),

@@ -157,6 +157,40 @@ def test_no_epochs_only_validate(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_the_jacobian_terms_weight_follows_the_published_schedule():
+    """ImageNet: 0.03 in the 510,000 updates of the warm-up, then 2.5 and 0.1 more every 50,000. CIFAR-10 stops."""
+    term = JacobianTerm(2.5, warm_up_weight=0.03, increase=0.1, increase_every=50_000)
+    weights = [term.weight_at(step, 0, 510_000) for step in (509_999, 510_000, 559_999, 560_000, 1_000_899)]
+    assert weights == pytest.approx([0.03, 2.5, 2.5, 2.6, 3.4])
+    term = JacobianTerm(0.4, stop_epoch=90)
+    assert [term.weight_at(10**6, epoch, 16_000) for epoch in (0, 89, 90)] == [0.4, 0.4, 0]
+
+
+@pytest.mark.parametrize(
+    ("term", "in_the_second_epoch"),
+    [
+        (JacobianTerm(0.5, increase=1.0), JacobianTerm(1.5)),
+        (JacobianTerm(0.5, stop_epoch=1), None),
+        (JacobianTerm(0.5, warm_up_weight=2.0), JacobianTerm(0.5)),
+    ],
+)
+def test_the_jacobian_terms_schedule_is_trained_with(tmp_path, term, in_the_second_epoch):
+    """The same weights as when a run of two updates is stopped after the first and goes on with another term."""
+
+    def recipe(jacobian):
+        warm_up = WarmUp(2, 1) if term.warm_up_weight else None
+        return Recipe(Sgd(lr=0.1), epochs=2, batch=40, warm_up=warm_up, jacobian=jacobian, log_every=1)
+
+    whole, _ = run(Store(RunState(tmp_path / "a", {}, "s")), watcher := Watcher(), recipe(term))
+    logged = [step for step, values in watcher.log if "solver/jacobian" in values]
+    assert logged == ([1] if term.stop_epoch else [1, 2])
+    state = RunState(tmp_path / "b", {}, "s")
+    with pytest.raises(KeyboardInterrupt):
+        run(Store(state, stop_at=2), Watcher(), recipe(term))
+    resumed, _ = run(Store(state), Watcher(), recipe(in_the_second_epoch))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
     broken = Task(Stripes(40), Stripes(20), lambda logits, targets: logits.sum() * math.nan, lambda: TopK(2))
     with pytest.raises(TrainingError, match="nan at step 0"):
