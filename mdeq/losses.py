@@ -1,7 +1,11 @@
-"""Losses on logits: cross entropy for labels of an image or of pixels, with class weights, ignored labels and OHEM."""
+"""Losses on logits: cross entropy for labels of an image or of pixels, with class weights, ignored labels and OHEM.
+
+Several heads may read one equilibrium, each its own scales; `joint_loss` adds up their losses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,3 +57,18 @@ def segmentation_loss(
         kth = probability.kthvalue(min(hard.keep, probability.numel())).values
         counted = probability <= torch.clamp(kth, min=hard.threshold)
     return losses[valid][counted].mean()
+
+
+def joint_loss(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of weighted losses: of a main and auxiliary heads on other scales, or of several tasks.
+
+    Losses on one equilibrium share its adjoint solve, whose right side dl/dz* is the sum of theirs.
+
+    Args:
+        losses: Scalars.
+        weights: One a loss; 1 for the main one by custom.
+
+    Raises:
+        ValueError: if there are not as many weights as losses.
+    """
+    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()

@@ -65,7 +65,7 @@ class WarmUp:
 class JacobianTerm:
     """Adds weight x |J|_F^2 / numel(z) to the loss of a step, with the given probability.
 
-    The weight is `warm_up_weight` in the warm-up, then `weight` and `increase` more every `increase_every` updates since;
+    The weight is `warm_up_weight` in the warm-up, then `weight`, and `increase` more every `increase_every` updates;
     nothing after `stop_epoch` epochs (Bai, Koltun and Kolter, ICML 2021, as their code has it).
     """
 
