@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,32 @@ def test_importing_the_library_needs_torch_alone() -> None:
     code = f"import sys, mdeq; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_wheel_is_typed_and_its_library_runs_with_torch_alone(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    assert (tmp_path / "mdeq/py.typed").is_file()
+    requires = metadata.PathDistribution(next(tmp_path.glob("*.dist-info"))).requires or []
+    others = {"PIL", "cv2", "ruamel"} | {re.split(r"[^\w-]", line)[0] for line in requires if "extra ==" not in line}
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {others - {"torch", "filelock"}}:  # torch itself needs filelock
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import torch, mdeq, {", ".join(name for name in MODULES if name.startswith("mdeq."))}
+head = mdeq.ClassificationHeadConfig((4, 4), 8)
+mdeq.Network(mdeq.MDEQConfig(channels=(8, 8)), head, 3)(torch.ones(2, 3, 8, 8)).logits.sum().backward()
+print(mdeq.__file__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "mdeq/__init__.py"), done.stderr
 
 
 def test_the_readmes_examples_run() -> None:
