@@ -9,7 +9,7 @@ from mdeq.solvers import Map
 
 
 def frobenius(fz: Tensor, z: Tensor, probes: int = 2) -> Tensor:
-    """Hutchinson's estimate of |J|_F^2 / numel(z), differentiable: the Jacobian regulariser.
+    """Hutchinson's estimate of |J|_F^2 / numel(z), differentiable: the regulariser of Bai et al., ICML 2021.
 
     Args:
         fz: f(z) (B, D), computed on tape from `z`.
@@ -29,7 +29,7 @@ def frobenius(fz: Tensor, z: Tensor, probes: int = 2) -> Tensor:
 def spectral_radius(f: Map, z: Tensor, products: int = 40, skip: int = 10) -> Tensor:
     """The largest |eigenvalue| of J at `z` (B, D) for each sample, (B,).
 
-    It is the growth rate of |(J^T)^k v|, which, unlike a Rayleigh quotient, holds for complex pairs too.
+    It is the growth rate of |(J^T)^k v|, which holds for complex pairs; a Rayleigh quotient does not.
 
     Args:
         f: Acts on each sample alone.

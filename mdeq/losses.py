@@ -19,8 +19,9 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class HardExamples:
-    """Online hard example mining: only pixels whose true class has a probability under `threshold` count.
+    """Online hard example mining (Shrivastava, Gupta and Girshick, CVPR 2016), for pixels.
 
+    Only those count whose true class has a probability under `threshold`.
     At least `keep` pixels count: the threshold rises to the `keep`-th smallest probability where it must.
     """
 
