@@ -23,7 +23,7 @@ from mdeq.solvers import Anderson, Broyden, FixedPoint, Map, Solution
 from mdeq.transformation import BoundTransformation, Transformation, Upsampling
 
 ForwardSolver = Broyden | Anderson | FixedPoint
-CACHE_BYTES = 5 * 2**20  # of f's features, to share a CPU's last cache with the solver's history
+CACHE_BYTES = 10 * 2**20  # of f's features, to share a CPU's last cache with the solver's history
 
 
 @dataclass(frozen=True)
