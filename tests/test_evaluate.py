@@ -189,6 +189,8 @@ def test_accuracy_by_steps_is_that_of_a_solver_with_that_limit(classifier: Train
         right = answers == classifier.split.targets  # type: ignore[attr-defined]
         assert value == pytest.approx(100 * right.double().mean().item())
     assert evaluate.accuracy_by_steps(classifier, EvaluateParams(batch=4), machine, "test") == {}
+    unrolled = make(Network(replace(CONFIG, unrolled=2), HEAD, 7), classifier.split, classifier.names)  # type: ignore[arg-type]
+    assert evaluate.accuracy_by_steps(unrolled, params, machine, "test") == {}  # has no solver to limit
 
 
 def test_an_explicit_model_has_no_solver(machine: Machine) -> None:

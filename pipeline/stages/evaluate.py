@@ -114,11 +114,12 @@ def accuracy_by_steps(
 
     A limit of T steps costs T evaluations of f to the answer and one more for its residual.
     """
-    if not params.accuracy_up_to or not isinstance(trained.network, Network):
+    network = trained.network
+    if not params.accuracy_up_to or not isinstance(network, Network) or network.backbone.config.unrolled:
         return {}
     found = {}
     for steps in range(1, params.accuracy_up_to + 1):
-        _limit_solver(trained.network, steps)
+        _limit_solver(network, steps)
         values, _ = evaluate(trained, params.batch, machine, f"evaluate {instance}, {steps} steps")
         found[str(steps)] = values.get("eval/top1", values.get("eval/miou", float("nan")))
     return {"by_steps": found}
