@@ -196,7 +196,6 @@ def accuracy_by_steps(curves: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def _log(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
 
 
@@ -413,6 +412,7 @@ def _bands(axes: Axes, trace: pd.DataFrame, measure: str) -> None:
         low = np.maximum(mean - std, groups.min())
         axes.fill_between(mean.index, low, mean + std, color=colour, alpha=0.22, linewidth=0)
     _log(axes)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[str]) -> None:

@@ -162,7 +162,10 @@ def _markdown_table(table: Table, rows: Sequence[Line]) -> Iterator[str]:
         if line.status == "measured":
             where += f"; {line.device}; seed {line.seeds}; {line.scale}; commit {line.commit}".replace("; ;", ";")
         paper, ours = (" / ".join(filter(None, values)) or "–" for values in (line.paper, line.ours))
-        yield f"| {system} | {line.row.size or line.size or '–'} | {paper} | {ours} | {where} |".replace("*", r"\*")
+        size = line.row.size or line.size or "–"
+        if line.size and line.size != size:
+            size += f" (ours {line.size})"
+        yield f"| {system} | {size} | {paper} | {ours} | {where} |".replace("*", r"\*")
     yield ""
 
 
