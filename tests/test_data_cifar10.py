@@ -184,6 +184,22 @@ def test_a_sample_does_not_depend_on_its_batch_nor_on_the_workers(root: Path, ma
     assert torch.equal(*runs)
 
 
+def test_a_set_held_on_a_device_makes_its_batches_there() -> None:
+    """`meta` stands for the device: a part of the work left on the CPU would have values."""
+    dataset = Cifar10(np.zeros((6, 3, 32, 32), np.uint8), np.zeros(6, np.int64), augment=True, seed=5, device="meta")
+    images, labels = dataset[Keys(0, [4, 1])]
+    assert images.is_meta and labels.is_meta and images.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_makes_the_samples_of_the_cpu() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32)).astype(np.uint8)
+    here, there = (Cifar10(images, np.arange(50) % 10, augment=True, seed=5, device=d) for d in ("cpu", "cuda"))
+    for ours, theirs in zip(here[Keys(2, list(range(50)))], there[Keys(2, list(range(50)))], strict=True):
+        assert torch.equal(ours, theirs.cpu())
+
+
 def test_files_that_are_not_the_manifests_are_refused(root: Path, manifest: Path) -> None:
     path = root / FOLDER / "test_batch"
     content = bytearray(path.read_bytes())

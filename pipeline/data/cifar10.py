@@ -196,16 +196,21 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
 
 
 class Cifar10:
-    """A split of CIFAR-10 in memory; `dataset[keys]` is a batch: images (B, 3, 32, 32), labels (B,)."""
+    """A split of CIFAR-10 on a device; `dataset[keys]` is a batch there: images (B, 3, 32, 32), labels (B,).
+
+    What is drawn at random is drawn on the CPU, so that every device makes the same samples.
+    """
 
     classes = len(CLASSES)
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, *, augment: bool, seed: int) -> None:
-        """Hold `images` (N, 3, 32, 32) uint8 and `labels` (N,)."""
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, *, augment: bool, seed: int, device: str = "cpu"
+    ) -> None:
+        """Hold `images` (N, 3, 32, 32) uint8 and `labels` (N,) on `device`."""
         import torch
 
-        self.images = torch.from_numpy(np.ascontiguousarray(images))
-        self.labels = torch.from_numpy(labels)
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
         self.augment, self.seed = augment, seed
 
     def __len__(self) -> int:
@@ -216,12 +221,13 @@ class Cifar10:
         """Return the batch of `keys`, normalised; augmented as (seed, epoch, index) say."""
         import torch
 
-        indices = torch.as_tensor(keys.indices)
+        device = self.images.device
+        indices = torch.as_tensor(keys.indices, device=device)
         images = self.images[indices]
         if self.augment:
             images = self._crop_and_flip(images, keys)
-        mean = torch.tensor(MEAN).view(3, 1, 1)
-        std = torch.tensor(STD).view(3, 1, 1)
+        mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
+        std = torch.tensor(STD, device=device).view(3, 1, 1)
         return (images.float() / 255 - mean) / std, self.labels[indices]
 
     def _crop_and_flip(self, images: Tensor, keys: Keys) -> Tensor:
@@ -231,19 +237,26 @@ class Cifar10:
         from pipeline.data.loading import draw
 
         draws = [draw(self.seed, keys.epoch, index).integers(0, (9, 9, 2)) for index in keys.indices]
-        top, left, flip = torch.from_numpy(np.stack(draws)).unbind(1)
-        ramp = torch.arange(32)
+        top, left, flip = torch.from_numpy(np.stack(draws)).to(images.device).unbind(1)
+        ramp = torch.arange(32, device=images.device)
         rows = top[:, None] + ramp  # (B, 32)
         columns = left[:, None] + torch.where(flip[:, None] > 0, ramp.flip(0), ramp)
         padded = pad(images, [PADDING] * 4)
-        batch = torch.arange(len(images))[:, None, None]
+        batch = torch.arange(len(images), device=images.device)[:, None, None]
         return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def open_cifar10(
-    root: Path, manifest: Path, split: str, *, augment: bool, seed: int, limit: int | None = None
+    root: Path,
+    manifest: Path,
+    split: str,
+    *,
+    augment: bool,
+    seed: int,
+    limit: int | None = None,
+    device: str = "cpu",
 ) -> Cifar10:
-    """Load a split (train or test; its first `limit` images), its files checked against the manifest."""
+    """Load a split (train or test; its first `limit` images) onto `device`, its files checked against the manifest."""
     rows = Manifest.read(manifest).split(split)
     parts = []
     for path, size, expected in zip(rows["path"], rows["bytes"], rows["checksum"], strict=True):
@@ -252,4 +265,4 @@ def open_cifar10(
             raise DataError(f"{root / path}: not the file of the manifest; run `python -m pipeline prepare cifar10`")
         parts.append(images_and_labels(content, root / path))
     images, labels = (np.concatenate(part)[:limit] for part in zip(*parts, strict=True))
-    return Cifar10(images, labels, augment=augment, seed=seed)
+    return Cifar10(images, labels, augment=augment, seed=seed, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ def run(model: str, params: ClassifyParams, machine: Machine) -> None:
     root = data_root("cifar10", source, machine)
 
     def task(seed: int) -> Task:
-        train = open_cifar10(root, folder / "manifest.csv", "train", augment=params.augment, seed=seed)
-        test = open_cifar10(root, folder / "manifest.csv", "test", augment=False, seed=seed)
+        manifest, device = folder / "manifest.csv", machine.device
+        train = open_cifar10(root, manifest, "train", augment=params.augment, seed=seed, device=device)
+        test = open_cifar10(root, manifest, "test", augment=False, seed=seed, device=device)
         return Task(train, test, classification_loss, lambda: TopK(train.classes))
 
+    machine = replace(machine, workers=0)  # a worker could only copy what already lies on the device
     experiment.run("classify", model, params, machine, dataset="cifar10", task=task)
