@@ -37,7 +37,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def segmentation_loss(
     logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, hard: HardExamples | None = None
 ) -> Tensor:
-    """Mean cross entropy over the pixels that count, the logits resized to the labels as published.
+    """Mean cross entropy over the pixels that count, the logits resized to the labels as published; 0 if none does.
 
     Args:
         logits: (B, classes, h, w).
@@ -47,7 +47,8 @@ def segmentation_loss(
     """
     logits = resize(logits, labels.shape[-2:]).float()
     if hard is None:
-        return F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE)
+        total = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE, reduction="sum")
+        return total / pixel_weight(labels, class_weights).clamp(min=torch.finfo(total.dtype).tiny)
     losses = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE, reduction="none")
     valid = labels != IGNORE
     with torch.no_grad():
@@ -73,3 +74,11 @@ def joint_loss(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         ValueError: if there are not as many weights as losses.
     """
     return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+
+
+def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """The sum of the weights of the pixels that count: the denominator of `segmentation_loss` without `hard`."""
+    counts = labels != IGNORE
+    if class_weights is None:
+        return counts.sum().float()
+    return (class_weights[labels.masked_fill(~counts, 0)] * counts).sum()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline import processes
 from pipeline.checkpoints import Architecture, CheckpointError, RunState, checksum, load_model, save_model
 from pipeline.data.loading import Keys
 from pipeline.training import Recipe, Row, Task, TrainingError, train
@@ -70,14 +71,15 @@ def run(
     }
     work = machine.root / "work" / f"{stage}-{name}"
     states = {seed: RunState(work, identity, f"seed-{seed}") for seed in params.seeds}
-    if differences := states[params.seeds[0]].differences():
-        changed = ", ".join(differences)
-        print(f"{stage} {name}: starts afresh; its interrupted run differs in {changed}", file=sys.stderr)
     run_id = next((saved["run_id"] for s in states.values() if (saved := s.load())), None)
     architecture = _architecture(params, first.train.classes)
 
     histories: dict[int, list[Row]] = {}
-    with tracking.start(stage, name, params, machine, run_id) as tracker:
+    with processes.joined(machine.device), tracking.start(stage, name, params, machine, run_id) as tracker:
+        first_process = processes.rank() == 0
+        if first_process and (differences := states[params.seeds[0]].differences()):
+            changed = ", ".join(differences)
+            print(f"{stage} {name}: starts afresh; its interrupted run differs in {changed}", file=sys.stderr)
         tracker.dataset(dataset, summary["manifest"], summary["source"])
         for seed in params.seeds:
             torch.manual_seed(seed)
@@ -85,7 +87,7 @@ def run(
             if backbone is not None:
                 tracker.tag("builds_on", load_backbone(model, backbone) or "unknown")
             prefix = f"seed-{seed}/" if len(params.seeds) > 1 else ""
-            with Progress(f"{stage} {name} seed {seed}", tracker, prefix) as progress:
+            with Progress(f"{stage} {name} seed {seed}", tracker, prefix, shown=first_process) as progress:
                 histories[seed] = train(
                     model,
                     first if seed == params.seeds[0] else task(seed),
@@ -98,8 +100,10 @@ def run(
                 )
             facts = {"stage": stage, "model": name, "seed": seed, "classes": architecture.classes}
             meta = {**facts, "run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
-            if seed == params.seeds[0]:
+            if first_process and seed == params.seeds[0]:
                 save_model(out / "model.pt", architecture, model, meta)
+        if not first_process:
+            return
         metrics = _metrics(histories, sum(p.numel() for p in model.parameters()))
         metrics["flops"] = flops(model, first.validation[Keys(0, [0])][0].to(machine.device))
         facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
@@ -147,6 +151,7 @@ def _recipe(params: TrainParams) -> Recipe:
         optimizer=params.optimizer,
         epochs=params.epochs,
         batch=params.batch,
+        accumulate=params.accumulate,
         warm_up=params.warm_up,
         jacobian=params.jacobian,
         precision=params.precision,

@@ -65,7 +65,7 @@ class Machine:
             workers = _number(environ, "MDEQ_WORKERS", least=0) or 0
         return cls(
             root=root,
-            device=_device(device or environ.get("MDEQ_DEVICE") or "auto"),
+            device=_device(device or environ.get("MDEQ_DEVICE") or "auto", environ.get("LOCAL_RANK")),
             workers=workers,
             threads=threads,
             tracking_uri=_tracking_uri(root, environ),
@@ -77,6 +77,7 @@ class Machine:
         """Flat facts to record beside a metric: device, cores, versions, commit."""
         facts: dict[str, str | int] = {
             "device": _device_name(self.device),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "cores": os.cpu_count() or 1,
             "platform": platform.platform(terse=True),
             "python": platform.python_version(),
@@ -131,13 +132,16 @@ def _number(environ: Mapping[str, str], name: str, least: int) -> int | None:
     return int(text)
 
 
-def _device(name: str) -> str:
+def _device(name: str, process: str | None) -> str:
+    """`name`, checked; where torchrun started several processes, `cuda` is the GPU of this one's number."""
     if name == "cpu":
         return name
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and process is not None:
+        name = f"cuda:{process}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -27,13 +27,14 @@ class Progress:
         title: Of the bar.
         tracker: Gets the metrics.
         prefix: Of their names, to tell the seeds of a stage apart.
+        shown: Whether to print at all: of several processes one does.
     """
 
-    def __init__(self, title: str, tracker: Tracker, prefix: str) -> None:
+    def __init__(self, title: str, tracker: Tracker, prefix: str, *, shown: bool = True) -> None:
         self._tracker, self._prefix = tracker, prefix
         self._sent = 0
         self._title = title
-        self._terminal = sys.stderr.isatty()
+        self._shown, self._terminal = shown, shown and sys.stderr.isatty()
         self._last_line = time.monotonic()
         columns = (
             rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
@@ -56,7 +57,11 @@ class Progress:
         """Shows an update and its figures."""
         text = _figures(values)
         self._bar.update(self._steps, completed=step, total=total, figures=text)
-        if not self._terminal and (step == total or time.monotonic() - self._last_line > SECONDS_A_LINE):
+        if (
+            self._shown
+            and not self._terminal
+            and (step == total or time.monotonic() - self._last_line > SECONDS_A_LINE)
+        ):
             self._last_line = time.monotonic()
             print(f"{self._title}: step {step}/{total} {text}", file=sys.stderr, flush=True)
 

@@ -7,7 +7,7 @@ may be.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -35,7 +35,7 @@ from pipeline.params import (
     Ranges,
     Section,
 )
-from pipeline.training import Adam, JacobianTerm, Sgd, WarmUp
+from pipeline.training import Adam, JacobianTerm, Precision, Sgd, WarmUp
 
 Positive = Field(gt=0)
 Natural = Field(ge=1)
@@ -134,13 +134,14 @@ class TrainParams(Section):
     jacobian: JacobianParams | None = None
     optimizer: OptimizerParams
     batch: int = Field(ge=1, description="samples an update, over all devices")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches that make an update, one after the other")
     epochs: int = Field(ge=0, description="0: only validated, with a library's weights")
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
         default=[0],
         description="one training each; metrics are their mean and spread, the model is the first one's",
     )
     augment: bool
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     checkpoint_minutes: float = Field(default=5.0, gt=0, description="between two saves of the resumable state")
 
     @model_validator(mode="after")

@@ -1,7 +1,9 @@
 """The one training loop: unrolled warm-up, then implicit; cosine schedule; exact resume. Needs torch and numpy alone.
 
 Everything random in a step is a function of (seed, step), everything random in a sample one of (seed, epoch, index):
-a run that is interrupted and resumed ends with the very weights of one that was not.
+a run that is interrupted and resumed ends with the very weights of one that was not. Several processes (torchrun) and
+several micro-batches an update (`accumulate`) make the update of the whole batch; docs/scaling.md says what remains of
+their number: batch statistics, dropout masks and Jacobian probes.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,10 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from mdeq import Network, Prediction, Solution
+from pipeline import processes
 from pipeline.data.loading import BatchDataset, batches
+from pipeline.processes import Share
 
 Row = dict[str, float]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Precision = Literal["float32", "bfloat16", "float16"]
+Piece = tuple[Tensor, Tensor, int]  # images, targets, how many of them count
 FINAL_LR = 1e-6  # where the cosine ends, as published
 
 
@@ -88,14 +94,18 @@ class JacobianTerm:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; the same for every data set and model."""
+    """How a model is trained; the same for every data set and model.
+
+    An update takes `batch` samples over all processes, each of which takes its part in `accumulate` micro-batches.
+    """
 
     optimizer: Adam | Sgd
     epochs: int
     batch: int
+    accumulate: int = 1
     warm_up: WarmUp | None = None
     jacobian: JacobianTerm | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     checkpoint_minutes: float = 10.0
     log_every: int = 10
 
@@ -104,6 +114,7 @@ class Recipe:
 class Task:
     """What differs between data sets: the data, the loss, and a fresh metric for each validation.
 
+    `weight` is the denominator of `loss`, a mean: it weighs the parts of a batch that are reckoned apart.
     `validation_batch` is how many samples are validated at once, None for as many as an update takes; no result depends
     on it, but whole street scenes need more room than the crops trained on.
     """
@@ -113,10 +124,13 @@ class Task:
     loss: Loss
     metric: Callable[[], Metric]
     validation_batch: int | None = None
+    weight: Callable[[Tensor], float | Tensor] = len
 
 
 class Metric(Protocol):
-    """Accumulates over batches; `compute` gives names such as eval/top1."""
+    """Accumulates over batches in `counts`, whole numbers; `compute` gives names such as eval/top1."""
+
+    counts: Tensor
 
     def update(self, logits: Tensor, targets: Tensor) -> None: ...
 
@@ -184,19 +198,25 @@ def train(
         TrainingError: if the loss is not finite.
     """
     model.to(device)
+    share = Share(processes.rank(), processes.count(), recipe.accumulate)
+    if share.processes > 1 and device.startswith("cuda"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = make_optimizer(model, recipe.optimizer)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "float16")
     state = _State()
-    saved = store.load()
+    saved = processes.from_first(store.load() if share.rank == 0 else None)
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved.get("scaler", {}))
         state = _State(**saved["state"])
         observer.saved(state.log)
 
     def save() -> None:
         state.seconds += clock.lap()
-        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
-        store.save(content)
+        if share.rank == 0:
+            parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+            store.save({name: part.state_dict() for name, part in parts.items()} | {"state": vars(state)})
         observer.saved(state.log)
 
     if recipe.epochs == 0:  # weights that were made elsewhere
@@ -208,13 +228,22 @@ def train(
         epoch = state.epoch
         model.train()
         loader = batches(
-            task.train, recipe.batch, seed=seed, epoch=epoch, shuffle=True, start=state.batch, workers=workers
+            task.train,
+            recipe.batch,
+            seed=seed,
+            epoch=epoch,
+            shuffle=True,
+            start=state.batch,
+            share=share,
+            workers=workers,
         )
         last_save = time.monotonic()
-        for images, targets in loader:
+        for pieces in zip(*[iter(loader)] * recipe.accumulate, strict=True):
             set_lr(optimizer, cosine(recipe.optimizer.lr, state.step, total))
-            torch.manual_seed((seed * 2_147_483_659 + state.step) % 2**63)
-            values = _update(model, optimizer, images.to(device), targets.to(device), task.loss, recipe, state)
+            samples = min(recipe.batch, len(task.train) - state.batch * recipe.batch)
+            counts = [b - a for a, b in share.bounds(samples)]
+            counted = [(*_moved(piece, device), n) for piece, n in zip(pieces, counts, strict=True)]
+            values = _update(model, optimizer, scaler, counted, task, recipe, seed, state)
             if not math.isfinite(values["loss/train"]):
                 raise TrainingError(_not_finite(state, values))
             state.loss_sum += values["loss/train"]
@@ -253,43 +282,47 @@ def evaluate(
     batch: int,
     device: str,
     workers: int,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
     unroll_steps: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Row:
-    """The metric over a data set in its own order, and the solver's means over its samples.
+    """The metric over a data set in its own order, and the solver's means over its samples; in all processes alike.
 
     Args:
         unroll_steps: Apply f that many times instead of solving.
         on_batch: Called with batches done and in all.
     """
     model.eval()
-    residuals, evaluations, converged, count = 0.0, 0.0, 0.0, 0
-    after = dict.fromkeys((f"solver/residual_after_{2**k}" for k in range(1, 6)), 0.0)
-    loader = batches(dataset, batch, seed=0, epoch=0, shuffle=False, workers=workers)
+    share = Share(processes.rank(), processes.count())
+    batch *= share.processes
+    loader = batches(dataset, batch, seed=0, epoch=0, shuffle=False, share=share, workers=workers)
+    marks = [2**k for k in range(1, 6)]
+    names = ["solver/relative_residual", "solver/nfe", "solver/converged"]
+    names += [f"solver/residual_after_{mark}" for mark in marks]
+    sums = torch.zeros(1 + len(names), dtype=torch.float64)  # the samples solved for, and over them those figures
     with torch.inference_mode():
-        for done, (images, targets) in enumerate(loader, 1):
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-                prediction = predict(model, images.to(device), unroll_steps)
-            metric.update(prediction.logits.float(), targets.to(device))
-            solution = prediction.equilibrium.solution if prediction.equilibrium else None
-            if solution is not None:
-                residuals += float(solution.relative.sum())
-                evaluations += solution.nfe * len(images)
-                converged += float(solution.converged.sum())
-                count += len(images)
-                for k, name in enumerate(after, 1):
-                    after[name] += float(solution.trace[min(2**k, solution.nfe) - 1].sum())
+        for done, piece in enumerate(loader, 1):
+            [(first, end)] = share.bounds(min(batch, len(dataset) - (done - 1) * batch))
+            if first < end:
+                images, targets = _moved(piece, device)
+                with _autocast(device, precision):
+                    prediction = predict(model, images, unroll_steps)
+                metric.update(prediction.logits.float(), targets)
+                solution = prediction.equilibrium.solution if prediction.equilibrium else None
+                if solution is not None:
+                    evaluations = torch.full_like(solution.relative, solution.nfe)
+                    rows = [torch.ones_like(evaluations), solution.relative, evaluations, solution.converged]
+                    rows += [solution.trace[min(mark, solution.nfe) - 1] for mark in marks]
+                    sums += torch.stack([row.sum() for row in rows]).cpu()
             on_batch(done, len(loader))
+    processes.add_up([metric.counts])
+    processes.add_up([sums])
     values = metric.compute()
+    count, *totals = sums.tolist()
     if count:
-        values |= {
-            "solver/relative_residual": residuals / count,
-            "solver/nfe": evaluations / count,
-            "solver/converged": converged / count,
-        }
-        limit = evaluations / count
-        values |= {name: value / count for k, (name, value) in enumerate(after.items(), 1) if 2**k <= limit}
+        figures = {name: total / count for name, total in zip(names, totals, strict=True)}
+        beyond = {f"solver/residual_after_{mark}" for mark in marks if mark > figures["solver/nfe"]}
+        values |= {name: value for name, value in figures.items() if name not in beyond}
     return values
 
 
@@ -323,53 +356,107 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    targets: Tensor,
-    loss_function: Loss,
+    scaler: torch.amp.GradScaler,
+    pieces: Sequence[Piece],
+    task: Task,
     recipe: Recipe,
+    seed: int,
     state: _State,
 ) -> Row:
-    """One update of the weights; its figures."""
+    """One update of the weights from a batch whose `pieces` are this process' part of it; its figures."""
     start = time.perf_counter()
+    _reseed(seed, state.step, part=0)
     warm_up = recipe.warm_up if recipe.warm_up and state.step < recipe.warm_up.steps else None
     term = recipe.jacobian
     weight = term.weight_at(state.step, state.epoch, recipe.warm_up.steps if recipe.warm_up else 0) if term else 0.0
     probes = term.probes if term and weight > 0 and float(torch.rand(())) < term.probability else 0
-    adjoint: list[Solution] = []
-    if isinstance(model, Network):
-        model.backbone.on_backward = adjoint.append
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        if isinstance(model, Network):
-            prediction = model(
-                images,
-                unroll_steps=warm_up.layers if warm_up else None,
-                softplus=warm_up.softplus if warm_up else None,
-                jacobian_probes=probes,
-            )
-        else:
-            prediction = model(images)
-        loss = loss_function(prediction.logits, targets)
-    objective = loss
-    values: Row = {}
-    if probes:
-        estimate = prediction.equilibrium.jacobian
-        objective = loss + weight * estimate
-        values["solver/jacobian"] = float(estimate.detach())
+    shares = _shares(pieces, task)
+    figures: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
-    objective.backward()
-    optimizer.step()
-    values["loss/train"] = float(loss.detach())  # the one point a step where a GPU is waited for
+    for number, ((images, targets, _), share) in enumerate(zip(pieces, shares, strict=True)):
+        if part := processes.rank() * len(pieces) + number:
+            _reseed(seed, state.step, part)
+        adjoint: list[Solution] = []
+        if isinstance(model, Network):
+            model.backbone.on_backward = adjoint.append
+        with _autocast(images.device, recipe.precision):
+            prediction = _training_prediction(model, images, warm_up, probes)
+            loss = task.loss(prediction.logits, targets)
+        objective = share[0] * loss
+        own = {"loss/train": objective.detach()}
+        if probes and prediction.equilibrium and prediction.equilibrium.jacobian is not None:
+            estimate = share[1] * prediction.equilibrium.jacobian
+            objective = objective + weight * estimate
+            own["solver/jacobian"] = estimate.detach()
+        scaler.scale(objective).backward()
+        own |= {name: share[1] * value for name, value in _solver_figures(prediction, adjoint).items()}
+        figures = {name: figures.get(name, 0) + value for name, value in own.items()}
+    sums = torch.stack(list(figures.values()))
+    _add_up(model, sums)
+    scaler.step(optimizer)
+    scaler.update()
+    values = dict(zip(figures, sums.tolist(), strict=True))  # here a GPU is waited for
     values["lr"] = optimizer.param_groups[0]["lr"]
-    values["time/images_per_second"] = len(images) / (time.perf_counter() - start)
+    values["time/images_per_second"] = sum(n for *_, n in pieces) * processes.count() / (time.perf_counter() - start)
+    return values
+
+
+def _reseed(seed: int, step: int, part: int) -> None:
+    """Makes what is drawn next a function of (seed, step, part of the batch)."""
+    torch.manual_seed((seed * 2_147_483_659 + part * 1_000_003_631 + step) % 2**63)
+
+
+def _shares(pieces: Sequence[Piece], task: Task) -> Tensor:
+    """What each piece weighs in the means over the whole batch: of the loss, and over samples; (pieces, 2)."""
+    weights = [[float(task.weight(targets)) if n else 0.0, float(n)] for _, targets, n in pieces]
+    shares = torch.tensor(weights, device=pieces[0][0].device)
+    total = shares.sum(0)
+    processes.add_up([total])
+    return shares / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def _training_prediction(model: nn.Module, images: Tensor, warm_up: WarmUp | None, probes: int) -> Prediction:
+    if not isinstance(model, Network):
+        return model(images)
+    return model(
+        images,
+        unroll_steps=warm_up.layers if warm_up else None,
+        softplus=warm_up.softplus if warm_up else None,
+        jacobian_probes=probes,
+    )
+
+
+def _solver_figures(prediction: Prediction, adjoint: list[Solution]) -> dict[str, Tensor | float]:
+    """Means over the samples of a piece."""
+    figures: dict[str, Tensor | float] = {}
     solution = prediction.equilibrium.solution if prediction.equilibrium else None
     if solution is not None:
-        values["solver/forward_residual"] = float(solution.relative.mean())
-        values["solver/nfe"] = float(solution.nfe)
-        values["solver/converged"] = float(solution.converged.float().mean())
+        figures["solver/forward_residual"] = solution.relative.mean()
+        figures["solver/nfe"] = float(solution.nfe)
+        figures["solver/converged"] = solution.converged.float().mean()
     if adjoint:
-        values["solver/backward_residual"] = float(adjoint[-1].relative.mean())  # Reversible: of the way back
-        values["solver/backward_nfe"] = float(adjoint[-1].nfe)
-    return values
+        figures["solver/backward_residual"] = adjoint[-1].relative.mean()  # Reversible: of the way back
+        figures["solver/backward_nfe"] = float(adjoint[-1].nfe)
+    return figures
+
+
+def _add_up(model: nn.Module, sums: Tensor) -> None:
+    """Adds up gradients and `sums` over the processes, and makes one of their running statistics: the mean."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    processes.add_up([*gradients, *statistics, sums])
+    for buffer in statistics:
+        buffer /= processes.count()
+
+
+def _moved(piece: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
+    images, targets = piece
+    return images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def _autocast(device: str | torch.device, precision: Precision) -> torch.autocast:
+    dtype = torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype, enabled=precision != "float32")
 
 
 def _validate(
@@ -382,7 +469,7 @@ def _validate(
             model,
             task.validation,
             task.metric(),
-            batch=task.validation_batch or recipe.batch,
+            batch=task.validation_batch or max(1, recipe.batch // (processes.count() * recipe.accumulate)),
             device=device,
             workers=workers,
             precision=recipe.precision,

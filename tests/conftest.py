@@ -24,6 +24,6 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("DEVICE", "WORKERS", "THREADS", "DATA_CIFAR10", "DATA_IMAGENET", "DATA_CITYSCAPES"):
         monkeypatch.delenv(f"MDEQ_{name}", raising=False)
-    for name in ("DVC_ROOT", "DVC_STAGE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RANK"):
+    for name in ("DVC_ROOT", "DVC_STAGE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RANK", "MDEQ_LAUNCH"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path

@@ -133,8 +133,8 @@ def test_a_stage_reads_its_own_section_alone(workspace: Path) -> None:
         ("jacobian", {"weight": 1.0, "stop_epoch": 0}, "jacobian.stop_epoch: must be at least 1, not 0"),
         ("seeds", [1, 1], "seeds: must differ from each other, not [1, 1]"),
         ("augment", "on", 'augment: must be a valid boolean, not "on"'),
-        ("precision", "float16", "precision: must be 'float32' or 'bfloat16', not \"float16\""),
-        ("lr", 0.1, "lr: unknown key; allowed: augment, backward, batch, "),
+        ("precision", "float64", "precision: must be 'float32', 'bfloat16' or 'float16', not \"float64\""),
+        ("lr", 0.1, "lr: unknown key; allowed: accumulate, augment, backward, batch, "),
     ],
 )
 def test_an_error_names_key_value_and_what_is_allowed(workspace: Path, key: str, value: Any, line: str) -> None:

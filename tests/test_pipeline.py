@@ -139,3 +139,25 @@ def test_a_warm_up_as_long_as_the_run_is_refused(folder: Path) -> None:
     _, messages = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in messages
     assert "classify.mdeq-small.warm_up.steps: 20 must be fewer than the run's 20 updates" in messages
+
+
+def test_several_processes_make_one_run_and_one_result(folder: Path) -> None:
+    """Started by the environment alone, as DVC would start them."""
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    store = f"sqlite:///{folder / 'several.db'}"
+    process = start(folder, "classify", "mdeq-small", MDEQ_LAUNCH=launcher, MLFLOW_TRACKING_URI=store)
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0, messages
+    assert messages.count("step 20/20") == 1
+    metrics = json.loads((folder / "results/classify/mdeq-small/metrics.json").read_text())
+    assert metrics["processes"] == 2
+    assert not (folder / "work" / "classify-mdeq-small").exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("mdeq-demo").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.tags["machine.processes"] == "2"
+    pipeline(folder, "evaluate", "cifar10", "mdeq-small")
+    evaluated = json.loads((folder / "results/evaluate/cifar10-mdeq-small/metrics.json").read_text())
+    assert evaluated["eval/top1"] == metrics["eval/top1"]  # counted by two processes, and by one

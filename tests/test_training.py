@@ -1,6 +1,7 @@
 """The training loop on small problems: resume is bit-exact, randomness is a function of its keys, failure is told."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,30 @@ def test_a_resumed_run_ends_with_the_very_weights(tmp_path, stop_at):
     assert [(s, untimed(r)) for s, r in watcher.log] == [(s, untimed(r)) for s, r in straight.log]
     if stop_at > 0:
         assert len(watcher.steps) < 10  # of 2 x 5
+
+
+def test_half_precision_learns_and_goes_on_exactly_with_its_loss_scale(tmp_path):
+    """1e7 times the loss overflows float16 at the first loss scale, which must then have come down, and be kept."""
+    steep = replace(task(), loss=lambda logits, targets: 1e7 * classification_loss(logits, targets))
+    recipe = replace(RECIPE, precision="float16", optimizer=Adam(lr=1e-3))
+    states = [RunState(tmp_path / name, {}, "s") for name in "ab"]
+
+    def run_steep(store):
+        model = network()
+        train(model, steep, recipe, seed=3, device="cpu", workers=0, store=store, observer=Watcher())
+        return model.state_dict()
+
+    whole = run_steep(Store(states[0]))
+    with pytest.raises(KeyboardInterrupt):
+        run_steep(Store(states[1], stop_at=2))
+    half = states[1].load()["scaler"]["scale"]
+    resumed = run_steep(Store(states[1]))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert states[1].load()["scaler"]["scale"] < half < 2**16
+    for precision in ("float16", "bfloat16"):
+        gentle = replace(recipe, precision=precision, epochs=4, optimizer=Sgd(lr=0.05, nesterov=True))
+        _, history = run(Store(RunState(tmp_path / precision, {}, "s")), Watcher(), gentle)
+        assert history[-1]["eval/top1"] > 90, precision
 
 
 def test_workers_change_nothing(tmp_path):

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+
+from pipeline.processes import Share
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,21 @@ def draw(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 class EpochBatches(Sampler[Keys]):
-    """The batches of one epoch from batch `start` on; shuffled by (seed, epoch)."""
+    """The batches of one epoch from batch `start` on, each in the pieces that `share` says; shuffled by (seed, epoch).
+
+    An empty piece holds one sample of its batch, so that no process runs short of batches; training gives it no weight.
+    """
 
     def __init__(
-        self, length: int, batch: int, *, seed: int, epoch: int, shuffle: bool, start: int, drop_last: bool
+        self, length: int, batch: int, *, seed: int, epoch: int, shuffle: bool, start: int, share: Share
     ) -> None:
         order = np.random.default_rng((seed, epoch)).permutation(length) if shuffle else np.arange(length)
-        end = length - length % batch if drop_last else length
-        self._batches = [Keys(epoch, order[i : i + batch].tolist()) for i in range(0, end, batch)][start:]
+        whole = [order[i : i + batch] for i in range(start * batch, length, batch)]
+        self._batches = [
+            Keys(epoch, (part[a:b] if a < b else part[:1]).tolist())
+            for part in whole
+            for a, b in share.bounds(len(part))
+        ]
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -65,7 +75,7 @@ def batches(
     epoch: int,
     shuffle: bool,
     start: int = 0,
-    drop_last: bool = False,
+    share: Share = Share(),
     workers: int = 0,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """An iterator over one epoch of `dataset`, beginning at batch number `start`.
@@ -73,10 +83,9 @@ def batches(
     Args:
         seed: Of order and augmentation.
         shuffle: Whether the order is drawn anew each epoch (training) or that of the manifest (evaluation).
-        drop_last: Leave out a last batch that is not full.
+        share: Which pieces of each batch are read here.
         workers: Processes that prepare batches; changes nothing but the speed.
     """
-    sampler = EpochBatches(
-        len(dataset), batch, seed=seed, epoch=epoch, shuffle=shuffle, start=start, drop_last=drop_last
-    )
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)  # type: ignore[arg-type]
+    sampler = EpochBatches(len(dataset), batch, seed=seed, epoch=epoch, shuffle=shuffle, start=start, share=share)
+    pin = workers > 0 and torch.cuda.is_available()
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdeq.heads import resize
-from mdeq.losses import HardExamples, segmentation_loss
+from mdeq.losses import HardExamples, pixel_weight, segmentation_loss
 from pipeline import experiment
 from pipeline.data.cityscapes import open_cityscapes
 from pipeline.data.manifest import data_root
@@ -39,15 +39,17 @@ def run(model: str, params: FinetuneParams, machine: Machine) -> None:
     root = data_root("cityscapes", source, machine)
     hard = HardExamples() if params.loss.ohem else None
 
+    weights = torch.tensor(CLASS_WEIGHTS, device=machine.device) if params.loss.class_weights else None
+
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        weights = torch.tensor(CLASS_WEIGHTS, device=logits.device) if params.loss.class_weights else None
         return segmentation_loss(logits, labels, weights, hard)
 
     def task(seed: int) -> Task:
         manifest = folder / "manifest.csv"
         train = open_cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment, seed=seed)
         val = open_cityscapes(root, manifest, "val", test_size=params.test_size, augment=False, seed=seed)
-        return Task(train, val, loss, lambda: PixelMetric(train.classes), validation_batch=1)
+        metric = lambda: PixelMetric(train.classes)  # noqa: E731
+        return Task(train, val, loss, metric, validation_batch=1, weight=lambda labels: pixel_weight(labels, weights))
 
     backbone = Path("results/pretrain", params.backbone, "model.pt") if params.backbone else None
     experiment.run(
