@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 Environment: MDEQ_DATA_CIFAR10, MDEQ_DATA_IMAGENET, MDEQ_DATA_CITYSCAPES (where a set's files lie),
 MDEQ_DEVICE, MDEQ_WORKERS, MDEQ_THREADS (torch's CPU threads), MDEQ_TRACKING=off (no MLflow),
+MDEQ_LAUNCH (starts the training stages: `torchrun --nproc-per-node 2`),
 MLFLOW_TRACKING_URI (default: mlflow.db here), MLFLOW_EXPERIMENT_NAME (default: mdeq-<scale>).
 
 Exit codes: 0 done, 2 wrong params, data or usage, 130 interrupted;
@@ -82,6 +85,7 @@ def classify(model: Model, device: Device = None, workers: Workers = None, param
     """
     with _reported():
         section, machine = _begin("classify", model, device, workers, params)
+        _launch()
         from pipeline.stages import classify as stage
 
         stage.run(model, section, machine)
@@ -95,6 +99,7 @@ def pretrain(model: Model, device: Device = None, workers: Workers = None, param
     """
     with _reported():
         section, machine = _begin("pretrain", model, device, workers, params)
+        _launch()
         from pipeline.stages import pretrain as stage
 
         stage.run(model, section, machine)
@@ -108,6 +113,7 @@ def finetune(model: Model, device: Device = None, workers: Workers = None, param
     """
     with _reported():
         section, machine = _begin("finetune", model, device, workers, params)
+        _launch()
         from pipeline.stages import finetune as stage
 
         stage.run(model, section, machine)
@@ -240,6 +246,30 @@ def sizes() -> None:
 
 
 @app.command(rich_help_panel="Around them")
+def plan(
+    stage: Annotated[str | None, typer.Argument(help="classify, pretrain or finetune; all if left out.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model of that stage; all if left out.")] = None,
+    gpu: Annotated[str, typer.Option(help="v100, a100, rtx4090, l40s, h100 or h200.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="How many share a batch.")] = 1,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="Reached part of the data sheet's peak.")] = 0.1,
+    path: Params = PARAMS,
+) -> None:
+    """Reckon what training takes, from the params alone: parameters, memory, evaluations of f, operations, hours.
+
+    Example: `python -m pipeline plan pretrain --params params/paper.yaml --gpu a100 --gpus 8`
+    """
+    with _reported():
+        from rich.console import Console
+
+        from pipeline import params
+        from pipeline import plan as planning
+
+        params.check(path)
+        for table in planning.tables(stage, model, path, gpu, gpus, utilisation):
+            Console().print(table)
+
+
+@app.command(rich_help_panel="Around them")
 def check(params: Params = PARAMS) -> None:
     """Say everything that is wrong with the params file.
 
@@ -305,6 +335,18 @@ def _begin(stage: str, instance: str | None, device: str | None, workers: int | 
     return params.load(stage, instance, path), machine
 
 
+def _launch() -> None:
+    """Becomes the launcher that MDEQ_LAUNCH names, which runs this command in several processes; in them, goes on."""
+    launcher = os.environ.get("MDEQ_LAUNCH", "")
+    if not launcher or "RANK" in os.environ:
+        return
+    command = [*shlex.split(launcher), "-m", "pipeline", *sys.argv[1:]]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        _fail(f"MDEQ_LAUNCH={launcher}: cannot be started ({error.strerror}); an example: torchrun --nproc-per-node 2")
+
+
 def _stamp(machine: Machine) -> Path:
     return machine.root / "work" / ".params-checked"
 
@@ -318,7 +360,8 @@ def _reported() -> Iterator[None]:
         typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
     except _mendable() as error:
-        _fail(str(error))
+        number = os.environ.get("RANK", "0")
+        _fail(str(error) if number == "0" else f"process {number}: {error}")
 
 
 def _mendable() -> tuple[type[BaseException], ...]:

@@ -1,0 +1,327 @@
+"""What a training takes, reckoned from its params: no data are read, nothing is computed but shapes (torch's `meta`).
+
+Operations are those of convolutions and matrix products, a multiply-add counted as two. Solvers go to their limits,
+activations are float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdeq import Anderson, Broyden, FixedPoint, Gmres, Implicit, Network, Phantom, Reversible, jacobian
+from mdeq.losses import classification_loss, segmentation_loss
+from pipeline.checkpoints import Architecture
+from pipeline.params import TRAINED_BY, ParamsError, instances, load
+from pipeline.train_params import FinetuneParams, PretrainParams, TrainParams
+from pipeline.training import Sgd, predict
+
+Solver = Broyden | Anderson | FixedPoint | Gmres
+NUMBER = 4  # bytes of a float32
+SETS = {stage: dataset for dataset, stage in TRAINED_BY.items()}
+SIZES = {
+    "cifar10": (50_000, 10),
+    "imagenet": (1_281_167, 1000),
+    "cityscapes": (2_975, 19),
+}  # images to train on, classes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Of the vendor's data sheet: dense peaks in TFLOP/s (float32: TF32 where there is one), GB/s and GB of memory."""
+
+    float32: float
+    half: float
+    bandwidth: float
+    memory: float
+
+
+GPUS = {
+    "v100": Gpu(15.7, 125, 900, 32),
+    "a100": Gpu(156, 312, 2039, 80),
+    "rtx4090": Gpu(82.6, 165, 1008, 24),
+    "l40s": Gpu(183, 362, 864, 48),
+    "h100": Gpu(495, 989, 3350, 80),
+    "h200": Gpu(495, 989, 4800, 141),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training one model takes, once a seed.
+
+    Attributes:
+        parameters: That are trained.
+        state: D, the numbers in z of one sample; 0 for an explicit model.
+        memory: Bytes on each GPU by part; the parts are never all there at once.
+        peak: Bytes at most at once.
+        evaluations: Of f in an implicit update: forward with the one on tape, and vector-Jacobian products with the one
+            that reaches the parameters.
+        updates: In the warm-up (of an explicit model: all), and implicit ones.
+        flops: An update of either kind, over all GPUs.
+        traffic: Bytes of solver history read in an implicit update, over all GPUs.
+        half: Whether convolutions are in half precision.
+    """
+
+    parameters: int
+    state: int
+    memory: dict[str, int]
+    peak: int
+    evaluations: tuple[int, int]
+    updates: tuple[int, int]
+    flops: tuple[float, float]
+    traffic: float
+    half: bool
+
+    @property
+    def total(self) -> float:
+        """Operations of the whole training."""
+        return sum(n * each for n, each in zip(self.updates, self.flops, strict=True))
+
+    def hours(self, gpu: Gpu, count: int, utilisation: float) -> float:
+        """On `count` GPUs that reach a part `utilisation` of their peak."""
+        computing = self.total / (utilisation * 1e12 * (gpu.half if self.half else gpu.float32))
+        reading = self.updates[1] * self.traffic / (1e9 * gpu.bandwidth)
+        return (computing + reading) / count / 3600
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the network: its result, operations forward and backward, and the bytes it keeps for the latter."""
+
+    value: Tensor
+    forward: float
+    backward: float
+    kept: int
+
+
+def plan(stage: str, name: str, path: Path, gpus: int = 1) -> Plan:
+    """The plan of `<stage>.<name>` of the params file at `path`.
+
+    Raises:
+        ParamsError: if it is not there or wrong.
+    """
+    params = load(stage, name, path)
+    assert isinstance(params, TrainParams)
+    samples, classes = _set(SETS[stage], path)
+    batch = math.ceil(params.batch / (gpus * params.accumulate))
+    with torch.device("meta"):
+        model = Architecture(params.model, params.head, classes, params.forward, params.backward).build().train()
+        images = torch.empty(batch, 3, *_image(params))
+        targets = torch.empty(
+            (batch, *params.crop) if isinstance(params, FinetuneParams) else (batch,), dtype=torch.int64
+        )
+        loss = segmentation_loss if isinstance(params, FinetuneParams) else classification_loss
+        updates = math.ceil(samples / params.batch) * params.epochs
+        reckon = _network if isinstance(model, Network) and model.backbone.config.unrolled is None else _explicit
+        return reckon(model, params, images, lambda logits: loss(logits, targets), updates, gpus)  # type: ignore[arg-type]
+
+
+def tables(stage: str | None, name: str | None, path: Path, gpu: str, gpus: int, utilisation: float) -> Iterator[Table]:
+    """A table a stage, its models side by side.
+
+    Raises:
+        ParamsError: if stage, model or GPU is unknown.
+    """
+    if gpu not in GPUS:
+        raise ParamsError(f"--gpu {gpu}: must be one of {', '.join(GPUS)}")
+    if stage is not None and stage not in SETS:
+        raise ParamsError(f"{stage}: does not train; must be one of {', '.join(SETS)}")
+    for each in [stage] if stage else SETS:
+        names = [name] if name else instances(each, path)
+        columns = []
+        for model in names:
+            try:
+                made = plan(each, model, path, gpus)
+                columns.append(_column(made, made.hours(GPUS[gpu], gpus, utilisation), GPUS[gpu]))
+            except (ImportError, NotImplementedError, RuntimeError) as error:  # a library lacks; steps that data decide
+                columns.append({"not reckoned": str(error).splitlines()[0][:60]})
+        caption = f"hours: {gpus} x {gpu} at {utilisation:.0%} of its peak, an assumption; one seed"
+        table = Table("", *names, title=f"{each}", caption=caption, min_width=80)
+        for row in dict.fromkeys(row for column in columns for row in column):
+            table.add_row(row, *(column.get(row, "") for column in columns))
+        yield table
+
+
+def _column(made: Plan, hours: float, gpu: Gpu) -> dict[str, str]:
+    forward, products = made.evaluations
+    room = "" if made.peak < 1e9 * gpu.memory else " (too much)"
+    return {
+        "parameters": f"{made.parameters:,}",
+        "state of a sample": f"{made.state:,}" if made.state else "",
+        **{part: _bytes(size) for part, size in made.memory.items() if size},
+        "memory of a GPU at most": _bytes(made.peak) + room,
+        "evaluations of f + products with J": f"{forward} + {products}" if made.state else "",
+        "updates: unrolled + implicit" if made.state else "updates": " + ".join(f"{n:,}" for n in made.updates if n),
+        "TFLOP an unrolled update" if made.state else "TFLOP an update": f"{made.flops[0] / 1e12:.3g}",
+        "TFLOP an implicit update": f"{made.flops[1] / 1e12:.3g}" if made.state else "",
+        "EFLOP in all": f"{made.total / 1e18:.3g}",
+        "hours": f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.1g}",
+    }
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _explicit(
+    model: nn.Module, params: TrainParams, images: Tensor, loss: Callable[[Tensor], Tensor], updates: int, gpus: int
+) -> Plan:
+    whole = _part(list(model.parameters()), lambda: loss(predict(model, images).logits))
+    memory = _lasting(model, params, gpus) | {"activations": whole.kept}
+    flops = (whole.forward + whole.backward) / len(images) * params.batch
+    return Plan(_size(model), 0, memory, sum(memory.values()), (0, 0), (updates, 0), (flops, 0.0), 0.0, _half(params))
+
+
+def _network(
+    model: Network, params: TrainParams, images: Tensor, loss: Callable[[Tensor], Tensor], updates: int, gpus: int
+) -> Plan:
+    backbone, rule, term = model.backbone, params.backward, params.jacobian
+    assert params.forward is not None and rule is not None
+    inside, outside = list(backbone.f.parameters()), [*backbone.stem.parameters(), *backbone.stage0.parameters()]
+    stem = _part(outside, lambda: backbone.inject(images))
+    f, z0, scales = backbone.fixed_point_problem(images)
+    z = z0.requires_grad_()
+    one = _part([z, *inside], lambda: f(z))
+    product = _flops(lambda: torch.autograd.grad(one.value, z, torch.empty_like(z), retain_graph=True))
+    head = _part([z, *model.head.parameters()], lambda: loss(model.head(scales.split(z))))
+
+    solver = rule.solver if isinstance(rule, Implicit) else None
+    match rule:  # calls of f, products with J, products that reach the parameters too, evaluations on tape at once
+        case Implicit():
+            calls, products, whole, tapes = params.forward.steps + 2, rule.solver.steps, 1, 1
+        case Phantom():
+            calls, products, whole, tapes = params.forward.steps + 1 + rule.steps, 0, rule.steps, rule.steps
+        case Reversible():  # two a step, as many on the way back, and one that looks what f depends on
+            calls, products, whole, tapes = 4 * rule.steps + 1, 0, 2 * rule.steps, 1
+    around = stem.forward + stem.backward + head.forward + head.backward
+    implicit = around + calls * one.forward + products * product + whole * one.backward
+    layers, steps = (params.warm_up.layers, params.warm_up.steps) if params.warm_up else (0, 0)
+    unrolled = around + layers * (one.forward + one.backward)
+    penalty = 0
+    if term is not None:
+        regulariser = _part(inside, lambda: jacobian.frobenius(f(z), z, term.probes))
+        implicit += term.probability * (regulariser.forward + regulariser.backward)
+        penalty = regulariser.kept
+
+    state = NUMBER * z.numel()
+    memory = _lasting(model, params, gpus)
+    lasting = sum(memory.values()) + stem.kept
+    memory |= {
+        "stem": stem.kept,
+        "tape of one f": one.kept,
+        "head and loss": head.kept,
+        "warm-up: tape": layers * one.kept,
+        "forward: solver": state * _states(params.forward),
+        "backward: solver": state * (_states(solver) if solver else 0),
+        "Jacobian term": penalty,
+    }
+    peak = lasting + max(
+        memory["forward: solver"],
+        tapes * one.kept + head.kept + memory["backward: solver"] + penalty,
+        layers * one.kept + head.kept,
+    )
+    warm_up = min(steps, updates)
+    scale = params.batch / len(images)
+    traffic = scale * state * (_reads(params.forward) + (_reads(solver) if solver else 0))
+    flops = (scale * unrolled, scale * implicit)
+    evaluations, counted = (calls, products + whole), (warm_up, updates - warm_up)
+    return Plan(_size(model), z.shape[1], memory, peak, evaluations, counted, flops, traffic, _half(params))
+
+
+def _part(inputs: Sequence[Tensor], call: Callable[[], Tensor]) -> _Part:
+    """Runs `call` and its backward pass to `inputs` on shapes; those themselves are not counted as kept."""
+    own = {tensor.untyped_storage()._cdata for tensor in inputs}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    value: list[Tensor] = []
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward = _flops(lambda: value.append(call()))
+    gradients = [torch.empty_like(value[0])]
+    backward = _flops(lambda: torch.autograd.backward(value, gradients, retain_graph=True, inputs=list(inputs)))
+    return _Part(value[0], forward, backward, sum(kept.values()))
+
+
+def _flops(call: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def _lasting(model: nn.Module, params: TrainParams, gpus: int) -> dict[str, int]:
+    """Bytes that are there all the time."""
+    weights = NUMBER * _size(model)
+    slots = bool(params.optimizer.momentum) if isinstance(params.optimizer, Sgd) else 2
+    parts = {"weights": weights, "gradients": weights, "optimiser": slots * weights}
+    return parts | ({"message of the gradients": weights} if gpus > 1 else {})
+
+
+def _half(params: TrainParams) -> bool:
+    return params.precision != "float32"
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _states(solver: Solver) -> int:
+    """How many states (B, D) a solver holds at its limit: its history, and z, f(z), their difference, the best."""
+    match solver:
+        case Broyden():
+            history = solver.steps
+        case Gmres():
+            history = solver.steps + 1
+        case Anderson():
+            history = 2 * solver.memory
+        case FixedPoint():
+            history = 0
+    return history + 4
+
+
+def _reads(solver: Solver) -> int:
+    """How many states of its history a solver reads up to its limit."""
+    match solver:
+        case Broyden():  # two passes over the k steps so far
+            return solver.steps * (solver.steps - 1) + solver.steps
+        case Gmres():  # orthogonalised twice, two passes each
+            return 2 * solver.steps * (solver.steps + 1) + solver.steps
+        case Anderson():
+            return 2 * solver.memory * solver.steps
+        case FixedPoint():
+            return 0
+
+
+def _image(params: TrainParams) -> Sequence[int]:
+    if isinstance(params, FinetuneParams):
+        return params.crop
+    return (params.image, params.image) if isinstance(params, PretrainParams) else (32, 32)
+
+
+def _set(dataset: str, path: Path) -> tuple[int, int]:
+    """Images to train on and classes: as they will be drawn, else as `prepare` found them, else the real set's."""
+    section: Any = load("prepare", dataset, path)
+    drawn, (images, classes) = section.generated, SIZES[dataset]
+    if section.source == "generated":
+        if dataset == "imagenet":
+            return drawn.classes * drawn.train_per_class, drawn.classes
+        return drawn.train, classes
+    found = Path("results/data", dataset, "summary.json")
+    if found.is_file() and (summary := json.loads(found.read_text(encoding="utf-8")))["source"] == section.source:
+        return summary["images"]["train"], summary["classes"]
+    return images, classes
