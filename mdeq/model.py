@@ -133,6 +133,7 @@ class MDEQ(nn.Module):
         self,
         image: Tensor,
         *,
+        z0: Tensor | None = None,
         unroll_steps: int | None = None,
         softplus: float | None = None,
         jacobian_probes: int = 0,
@@ -141,11 +142,17 @@ class MDEQ(nn.Module):
 
         Args:
             image: (B, 3, H, W).
-            unroll_steps: Apply f that many times from 0 instead of solving (the warm-up).
+            z0: The state (B, D) to start from, such as `solution.value` of a video's last frame (StreamDEQ: Ertenli,
+                Akbas, Cinbis, ECCV 2022); None for 0.
+            unroll_steps: Apply f that many times from z0 instead of solving (the warm-up).
             softplus: Curvature of the softplus that replaces the last ReLUs of f in the initial phase; None for ReLU.
             jacobian_probes: Estimate the Jacobian regulariser with that many probes.
         """
-        f, z0, scales = self.fixed_point_problem(image, softplus=softplus)
+        f, zero, scales = self.fixed_point_problem(image, softplus=softplus)
+        if z0 is None:
+            z0 = zero
+        elif z0.shape != zero.shape:
+            raise ValueError(f"z0: a state of these images has the shape {tuple(zero.shape)}, not {tuple(z0.shape)}")
         unroll_steps = unroll_steps or self.config.unrolled
         if unroll_steps is not None:
             z, solution = unroll(f, z0, unroll_steps), None
@@ -205,12 +212,13 @@ class Network(nn.Module):
         self,
         image: Tensor,
         *,
+        z0: Tensor | None = None,
         unroll_steps: int | None = None,
         softplus: float | None = None,
         jacobian_probes: int = 0,
     ) -> Prediction:
         """Logits for a batch (B, 3, H, W); the arguments are those of `MDEQ.forward`."""
-        z = self.backbone(image, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=jacobian_probes)
+        z = self.backbone(image, z0=z0, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=jacobian_probes)
         return Prediction(self.head(z.scales), z)
 
 

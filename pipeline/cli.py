@@ -195,6 +195,63 @@ def show() -> None:
 
 
 @app.command(rich_help_panel="Around them")
+def predict(
+    weights: Annotated[
+        Path, typer.Argument(help="A model.pt of a training stage or import-weights.", show_default=False)
+    ],
+    sources: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Photos, folders of photos, videos.")],
+    out: Annotated[Path, typer.Option(help="The folder for pictures and predictions.json.")] = Path("predictions"),
+    video: Annotated[bool, typer.Option("--video", help="A folder's pictures are the frames of a video.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Start a video's frames from zero too: what is saved, what changes.")
+    ] = False,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with *_gtFine_labelIds.png of the pictures: adds the mIoU.", exists=True, file_okay=False
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many steps of the solver; else as trained.", show_default=False),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Residual at which it stops; else as trained.", show_default=False)
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(min=1, help="Segment at this height; else as tested, or as they are.", show_default=False),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Classify or segment photos, folders and videos: top-5 bars, overlays, label maps in Cityscapes' colours.
+
+    A video's frames start from the last frame's equilibrium. Each source has a folder below --out (single photos:
+    photos/) with a picture for each photo, or video.mp4, and exact label maps.
+
+    Examples:
+
+    `python -m pipeline predict results/pretrain/mdeq-small/model.pt cat.jpg holiday/`
+
+    `python -m pipeline predict results/finetune/mdeq-small/model.pt drive.mp4 --steps 30 --tolerance 0.01 --compare`
+
+    `python -m pipeline predict results/finetune/mdeq-small/model.pt leftImg8bit/val/lindau --labels gtFine/val/lindau`
+    """
+    with _reported():
+        from pipeline import predict as prediction
+        from pipeline.inference import Predictor
+        from pipeline.machine import Machine
+
+        predictor = Predictor(
+            weights, Machine.from_environment(device), steps=steps, tolerance=tolerance, height=height
+        )
+        found = prediction.run(predictor, sources, out, video=video, compare=compare, labels=labels)
+        for name, figures in found.items():
+            typer.echo(prediction.summary(name, figures))
+        typer.echo(out)
+
+
+@app.command(rich_help_panel="Around them")
 def strip(
     weights: Annotated[Path, typer.Argument(help="A model.pt of `finetune`.", dir_okay=False, exists=True)],
     folder: Annotated[Path, typer.Argument(help="A video's frames, as pictures.", file_okay=False, exists=True)],

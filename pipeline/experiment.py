@@ -98,7 +98,7 @@ def run(
                     store=_Store(states[seed], tracker),
                     observer=progress,
                 )
-            facts = {"stage": stage, "model": name, "seed": seed, "classes": architecture.classes}
+            facts = {"stage": stage, "model": name, "seed": seed, "names": list(first.names)}
             meta = {**facts, "run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
             if first_process and seed == params.seeds[0]:
                 save_model(out / "model.pt", architecture, model, meta)

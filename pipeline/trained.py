@@ -18,10 +18,8 @@ from pipeline.data import cifar10, cityscapes, imagenet
 from pipeline.data.loading import BatchDataset, Keys
 from pipeline.data.manifest import DataError, data_root
 from pipeline.machine import Machine
+from pipeline.params import TRAINED_BY
 from pipeline.tracking import Tracker
-
-STAGES = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
-"""The stage that trains on each set."""
 
 
 class First:
@@ -78,9 +76,9 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
     Raises:
         DataError: The manifest or the model is missing, or the model knows another number of classes.
     """
-    weights = Path("results") / STAGES[dataset] / model / "model.pt"
+    weights = Path("results") / TRAINED_BY[dataset] / model / "model.pt"
     if not weights.is_file():
-        raise DataError(f"{weights}: no such file; run `python -m pipeline {STAGES[dataset]} {model}` first")
+        raise DataError(f"{weights}: no such file; run `python -m pipeline {TRAINED_BY[dataset]} {model}` first")
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     network, architecture, meta = checkpoints.load_model(weights, machine.device)
@@ -89,7 +87,7 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
     if split.classes != architecture.classes:
         raise DataError(
             f"{weights}: trained for {architecture.classes} classes, but the data have {split.classes}; "
-            f"train it again: `python -m pipeline {STAGES[dataset]} {model}`"
+            f"train it again: `python -m pipeline {TRAINED_BY[dataset]} {model}`"
         )
     if limit is not None:
         split = First(split, limit)

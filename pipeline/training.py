@@ -116,7 +116,7 @@ class Task:
 
     `weight` is the denominator of `loss`, a mean: it weighs the parts of a batch that are reckoned apart.
     `validation_batch` is how many samples are validated at once, None for as many as an update takes; no result depends
-    on it, but whole street scenes need more room than the crops trained on.
+    on it, but whole street scenes need more room than the crops trained on. `names` are those of the classes.
     """
 
     train: BatchDataset
@@ -125,6 +125,7 @@ class Task:
     metric: Callable[[], Metric]
     validation_batch: int | None = None
     weight: Callable[[Tensor], float | Tensor] = len
+    names: tuple[str, ...] = ()
 
 
 class Metric(Protocol):

@@ -11,9 +11,9 @@ import torch
 from mdeq import MDEQConfig
 from mdeq.published import rename, state_dict
 from pipeline.checkpoints import Architecture, CheckpointError, save_model
-from pipeline.params import Section, instances, load
+from pipeline.data import cifar10, cityscapes
+from pipeline.params import TRAINED_BY, Section, instances, load
 
-STAGES = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
 CLASSES = {"cifar10": 10, "imagenet": 1000, "cityscapes": 19}
 
 # paper (Tables 1 to 3), published code
@@ -46,17 +46,19 @@ def import_weights(file: Path, model: str, out: Path | None = None, presets: Pat
         CheckpointError: if the file is no checkpoint or does not fit the preset; lists every name that does not.
     """
     dataset, _, name = model.partition("-")
-    if dataset not in STAGES:
-        raise CheckpointError(f"--model {model}: begin with the set: {', '.join(f'{s}-mdeq-small' for s in STAGES)}")
-    params = load(STAGES[dataset], name, presets)
+    if dataset not in TRAINED_BY:
+        raise CheckpointError(
+            f"--model {model}: begin with the set: {', '.join(f'{s}-mdeq-small' for s in TRAINED_BY)}"
+        )
+    params = load(TRAINED_BY[dataset], name, presets)
     architecture = _architecture(params, CLASSES[dataset])
     network = architecture.build()
     try:
         network.load_state_dict(rename(state_dict(_open(file))))
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file}: does not fit {model}: {str(error).strip(chr(39))}") from error
-    path = out or Path("results", STAGES[dataset], name, "model.pt")
-    meta = {"stage": STAGES[dataset], "model": name, "classes": CLASSES[dataset], "run_id": None}
+    path = out or Path("results", TRAINED_BY[dataset], name, "model.pt")
+    meta = {"stage": TRAINED_BY[dataset], "model": name, "names": _class_names(dataset), "run_id": None}
     save_model(path, architecture, network, {**meta, "published": file.name, "params": params.model_dump(mode="json")})
     return path
 
@@ -64,7 +66,7 @@ def import_weights(file: Path, model: str, out: Path | None = None, presets: Pat
 def sizes(presets: Path = Path("params/paper.yaml")) -> list[tuple[str, int, str, str]]:
     """<set>-<name>, trainable parameters, and what the paper and the published code say, for every MDEQ preset."""
     rows = []
-    for dataset, stage in STAGES.items():
+    for dataset, stage in TRAINED_BY.items():
         for name in instances(stage, presets):
             architecture = _architecture(load(stage, name, presets), CLASSES[dataset])
             if not isinstance(architecture.model, MDEQConfig):
@@ -74,6 +76,14 @@ def sizes(presets: Path = Path("params/paper.yaml")) -> list[tuple[str, int, str
             paper, published = PUBLISHED_SIZES.get(f"{dataset}-{name}", ("", ""))
             rows.append((f"{dataset}-{name}", sum(p.numel() for p in network.parameters()), paper, published))
     return rows
+
+
+def _class_names(dataset: str) -> list[str]:
+    if dataset == "imagenet":
+        from torchvision.models import ResNet50_Weights
+
+        return ResNet50_Weights.DEFAULT.meta["categories"]  # in the order of the sorted WordNet ids, as the labels
+    return list(cifar10.CLASSES if dataset == "cifar10" else cityscapes.class_names())
 
 
 def _open(file: Path) -> dict:

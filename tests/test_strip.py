@@ -22,10 +22,11 @@ def test_frames_are_predicted_in_their_order(tmp_path: Path, monkeypatch: pytest
     config = MDEQConfig((8, 8), expansion=1, groups=2, downsamplings=2)
     architecture = Architecture(config, SegmentationHeadConfig(), 19, Broyden(steps=3))
     network = architecture.build().eval()
-    save_model(tmp_path / "model.pt", architecture, network, {})
+    meta = {"stage": "finetune", "names": list(cityscapes.class_names()), "params": {"test_size": None}}
+    save_model(tmp_path / "model.pt", architecture, network, meta)
     frames = tmp_path / "frames"
     frames.mkdir()
-    with pytest.raises(DataError, match="no .png or .jpg"):
+    with pytest.raises(DataError, match="no picture in it"):
         strip.draw(tmp_path / "model.pt", frames, 2, tmp_path / "strip.png", Machine(tmp_path))
     pictures = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
     for number, picture in enumerate(pictures):
@@ -44,5 +45,5 @@ def test_frames_are_predicted_in_their_order(tmp_path: Path, monkeypatch: pytest
         large = torch.nn.functional.interpolate(logits, (16, 24), mode="bilinear", align_corners=True)
         assert np.mean(large[0].argmax(0).numpy() == prediction) > 0.99
     cv2.imwrite(str(frames / "999.png"), pictures[0, :8])
-    with pytest.raises(DataError, match="999.png: .* of another size"):
+    with pytest.raises(DataError, match="999.png: of another size"):
         strip.draw(tmp_path / "model.pt", frames, 2, tmp_path / "strip.png", Machine(tmp_path))

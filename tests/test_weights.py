@@ -8,6 +8,9 @@ import torch
 
 from pipeline import weights
 from pipeline.checkpoints import CheckpointError, load_model
+from pipeline.data.cifar10 import CLASSES
+from pipeline.inference import Predictor
+from pipeline.machine import Machine
 from tests.test_checkpoints import Malicious
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +40,11 @@ def test_a_wrapped_published_file_becomes_a_model(tmp_path):
     network, _, meta = load_model(path)
     with torch.no_grad():
         solved = network(torch.from_numpy(REFERENCE["input"]).float()).equilibrium.scales
-    assert meta["classes"] == 10 and all(torch.isfinite(z).all() for z in solved)
+    assert meta["names"][3] == "cat" and all(torch.isfinite(z).all() for z in solved)
     assert torch.equal(network.backbone.stem[0].weight, published()["downsample.0.weight"])
+    photo = np.full((40, 60, 3), 90, np.uint8)
+    best = (predictor := Predictor(path, Machine(tmp_path))).best(predictor(photo).value, 10)
+    assert {name for name, _ in best} == set(CLASSES) and sum(p for _, p in best) == pytest.approx(1, abs=1e-5)
 
 
 def test_what_does_not_fit_is_listed(tmp_path):

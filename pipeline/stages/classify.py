@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mdeq.losses import classification_loss
 from pipeline import experiment
-from pipeline.data.cifar10 import open_cifar10
+from pipeline.data.cifar10 import CLASSES, open_cifar10
 from pipeline.data.manifest import data_root
 from pipeline.metrics import TopK
 from pipeline.training import Task
@@ -29,7 +29,7 @@ def run(model: str, params: ClassifyParams, machine: Machine) -> None:
         manifest, device = folder / "manifest.csv", machine.device
         train = open_cifar10(root, manifest, "train", augment=params.augment, seed=seed, device=device)
         test = open_cifar10(root, manifest, "test", augment=False, seed=seed, device=device)
-        return Task(train, test, classification_loss, lambda: TopK(train.classes))
+        return Task(train, test, classification_loss, lambda: TopK(train.classes), names=CLASSES)
 
     machine = replace(machine, workers=0)  # a worker could only copy what already lies on the device
     experiment.run("classify", model, params, machine, dataset="cifar10", task=task)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mdeq.heads import resize
 from mdeq.losses import HardExamples, pixel_weight, segmentation_loss
 from pipeline import experiment
-from pipeline.data.cityscapes import open_cityscapes
+from pipeline.data.cityscapes import class_names, open_cityscapes
 from pipeline.data.manifest import data_root
 from pipeline.metrics import ConfusionMatrix
 from pipeline.training import Task
@@ -49,7 +49,8 @@ def run(model: str, params: FinetuneParams, machine: Machine) -> None:
         train = open_cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment, seed=seed)
         val = open_cityscapes(root, manifest, "val", test_size=params.test_size, augment=False, seed=seed)
         metric = lambda: PixelMetric(train.classes)  # noqa: E731
-        return Task(train, val, loss, metric, validation_batch=1, weight=lambda labels: pixel_weight(labels, weights))
+        weight = lambda labels: pixel_weight(labels, weights)  # noqa: E731
+        return Task(train, val, loss, metric, validation_batch=1, weight=weight, names=class_names())
 
     backbone = Path("results/pretrain", params.backbone, "model.pt") if params.backbone else None
     experiment.run(

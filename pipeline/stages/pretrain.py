@@ -28,6 +28,6 @@ def run(model: str, params: PretrainParams, machine: Machine) -> None:
         manifest = folder / "manifest.csv"
         train = open_imagenet(root, manifest, "train", size=params.image, augment=params.augment, seed=seed)
         val = open_imagenet(root, manifest, "val", size=params.image, augment=False, seed=seed)
-        return Task(train, val, classification_loss, lambda: TopK(train.classes))
+        return Task(train, val, classification_loss, lambda: TopK(train.classes), names=tuple(train.class_names))
 
     experiment.run("pretrain", model, params, machine, dataset="imagenet", task=task)
