@@ -28,6 +28,7 @@ from pipeline.training import Sgd, predict
 
 Solver = Broyden | Anderson | FixedPoint | Gmres
 NUMBER = 4  # bytes of a float32
+SIDE_BY_SIDE = 3  # models in a table
 SETS = {stage: dataset for dataset, stage in TRAINED_BY.items()}
 SIZES = {
     "cifar10": (50_000, 10),
@@ -128,7 +129,7 @@ def plan(stage: str, name: str, path: Path, gpus: int = 1) -> Plan:
 
 
 def tables(stage: str | None, name: str | None, path: Path, gpu: str, gpus: int, utilisation: float) -> Iterator[Table]:
-    """A table a stage, its models side by side.
+    """The models of each stage, some side by side in a table.
 
     Raises:
         ParamsError: if stage, model or GPU is unknown.
@@ -139,32 +140,40 @@ def tables(stage: str | None, name: str | None, path: Path, gpu: str, gpus: int,
         raise ParamsError(f"{stage}: does not train; must be one of {', '.join(SETS)}")
     for each in [stage] if stage else SETS:
         names = [name] if name else instances(each, path)
-        columns = []
-        for model in names:
-            try:
-                made = plan(each, model, path, gpus)
-                columns.append(_column(made, made.hours(GPUS[gpu], gpus, utilisation), GPUS[gpu]))
-            except (ImportError, NotImplementedError, RuntimeError) as error:  # a library lacks; steps that data decide
-                columns.append({"not reckoned": str(error).splitlines()[0][:60]})
         caption = f"hours: {gpus} x {gpu} at {utilisation:.0%} of its peak, an assumption; one seed"
-        table = Table("", *names, title=f"{each}", caption=caption, min_width=80)
-        for row in dict.fromkeys(row for column in columns for row in column):
-            table.add_row(row, *(column.get(row, "") for column in columns))
-        yield table
+        for start in range(0, len(names), SIDE_BY_SIDE):
+            shown = names[start : start + SIDE_BY_SIDE]
+            columns = [_column(each, model, path, gpu, gpus, utilisation) for model in shown]
+            table = Table("", *shown, title=each, caption=caption, min_width=80)
+            for row in dict.fromkeys(row for column in columns for row in column):
+                table.add_row(row, *(column.get(row, "") for column in columns))
+            yield table
 
 
-def _column(made: Plan, hours: float, gpu: Gpu) -> dict[str, str]:
+def _column(stage: str, name: str, path: Path, gpu: str, gpus: int, utilisation: float) -> dict[str, str]:
+    try:
+        made = plan(stage, name, path, gpus)
+    except (ImportError, NotImplementedError, RuntimeError) as error:  # a library lacks; steps that only data decide
+        return {"not reckoned": str(error).splitlines()[0][:60]}
     forward, products = made.evaluations
-    room = "" if made.peak < 1e9 * gpu.memory else " (too much)"
+    hours = made.hours(GPUS[gpu], gpus, utilisation)
+    room = "" if made.peak < 1e9 * GPUS[gpu].memory else " (too much)"
+    (unrolled, implicit), (first, second) = made.updates, (f"{each / 1e12:.3g}" for each in made.flops)
+    if made.state:
+        own = {
+            "state of a sample": f"{made.state:,}",
+            "evaluations of f + products with J": f"{forward} + {products}",
+            "updates: unrolled + implicit": f"{unrolled:,} + {implicit:,}",
+            "TFLOP an unrolled update": first if unrolled else "",
+            "TFLOP an implicit update": second,
+        }
+    else:
+        own = {"updates": f"{unrolled:,}", "TFLOP an update": first}
     return {
         "parameters": f"{made.parameters:,}",
-        "state of a sample": f"{made.state:,}" if made.state else "",
         **{part: _bytes(size) for part, size in made.memory.items() if size},
         "memory of a GPU at most": _bytes(made.peak) + room,
-        "evaluations of f + products with J": f"{forward} + {products}" if made.state else "",
-        "updates: unrolled + implicit" if made.state else "updates": " + ".join(f"{n:,}" for n in made.updates if n),
-        "TFLOP an unrolled update" if made.state else "TFLOP an update": f"{made.flops[0] / 1e12:.3g}",
-        "TFLOP an implicit update": f"{made.flops[1] / 1e12:.3g}" if made.state else "",
+        **own,
         "EFLOP in all": f"{made.total / 1e18:.3g}",
         "hours": f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.1g}",
     }
