@@ -29,6 +29,7 @@ setup: $(STAMP)  ## Make .venv and install the project; again only when pyprojec
 repro: $(STAMP)  ## Run every stage that is not up to date, then print the results
 	@python -m pipeline check
 	@dvc repro
+	@python -m pipeline sync || true
 	@python -m pipeline show
 
 repro-all: $(STAMP)  ## The same with params/all.yaml: a small instance of every system that the paper compares

@@ -6,7 +6,9 @@ one, never a part. Both are read with `weights_only=True`: nothing in them is ex
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -124,13 +126,24 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({error}){_room(path)}; the previous file is kept") from error
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: cannot be written ({reason}); {_room(path, content)}the previous file is kept"
+        ) from error
 
 
-def _room(path: Path) -> str:
+def _room(path: Path, content: dict[str, Any]) -> str:
     folder = next((p for p in path.parents if p.exists()), None)
-    return "" if folder is None else f", {shutil.disk_usage(folder).free / 1e6:.0f} MB free in {folder}"
+    free = "" if folder is None else f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}, "
+    return f"{_bytes(content) / 1e6:.1f} MB are needed, {free}"
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, dict | list | tuple):
+        return sum(_bytes(inner) for inner in (value.values() if isinstance(value, dict) else value))
+    return value.nbytes if isinstance(value, torch.Tensor) else 16
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -165,18 +178,28 @@ class RunState:
         self.fingerprint = fingerprint(identity)
         self.path = folder / self.fingerprint / f"{name}.pt"
 
+    def claim(self) -> None:
+        """Makes this process the only one that trains under this identity, until it ends.
+
+        Raises:
+            CheckpointError: if another one does already.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.path.parent)
+        if self._lock is None:
+            raise CheckpointError(f"{self.path.parent}: another process is training this very model; let it finish")
+
     def load(self) -> dict[str, Any] | None:
         """The last state saved under this identity; None if there is none."""
         return read(self.path) if self.path.exists() else None
 
     def save(self, content: dict[str, Any]) -> None:
-        """Stores the state and sets it aside from those of other identities, which it then deletes."""
+        """Stores the state; the first one replaces those of other identities that no process is working on."""
         write_atomically(self.path, content)
         identity = self.path.parent / "identity.json"
         if not identity.exists():
             identity.write_text(json.dumps(self.identity, indent=1, sort_keys=True), encoding="utf-8")
-            for other in self._others():
-                shutil.rmtree(other)
+            self._clear()
 
     def differences(self) -> list[str]:
         """The keys in which an older state of this stage differs from this run; empty if there is none."""
@@ -189,13 +212,33 @@ class RunState:
         return []
 
     def delete(self) -> None:
-        """Removes all of the stage's state: the stage has finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes all state that no other process is working on: the stage has finished."""
+        self._clear()
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another experiment's is there
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        for other in self._others():
+            if lock := _locked(other):
+                shutil.rmtree(other)
+                lock.close()
 
     def _others(self) -> list[Path]:
         if not self.folder.exists():
             return []
         return [p for p in self.folder.iterdir() if p.is_dir() and p.name != self.fingerprint]
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """The folder's lock, held until it is closed or the process ends, however it ends; None if another one holds it."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would inherit
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

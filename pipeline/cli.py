@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import shlex
 import signal
@@ -62,6 +63,7 @@ Workers = Annotated[
 ]
 Params = Annotated[Path, typer.Option("--params", help="The params file.", dir_okay=False)]
 PARAMS = Path("params.yaml")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 @app.command(rich_help_panel="Stages")
@@ -362,6 +364,23 @@ def difficulty(dataset: Set, device: Device = None, workers: Workers = None) -> 
 
 
 @app.command(rich_help_panel="Around them")
+def sync(path: Params = PARAMS) -> None:
+    """Hand MLflow the runs that it lacks: it was away, or DVC restored the stage from its cache."""
+    with _reported():
+        from pipeline import params
+        from pipeline.machine import Machine
+        from pipeline.sync import run
+
+        machine = Machine.from_environment(device="cpu", scale=params.scale(path))
+        if machine.tracking_uri is None:
+            _fail("MDEQ_TRACKING=off: there is no store to hand anything to")
+        for folder, whole in run(machine):
+            if not whole:
+                _fail(f"{folder}: not all of its run has arrived; try again")
+            typer.echo(f"{folder}: its run is in the store now")
+
+
+@app.command(rich_help_panel="Around them")
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 5000, path: Params = PARAMS
 ) -> None:
@@ -418,7 +437,12 @@ def _reported() -> Iterator[None]:
         raise typer.Exit(130) from None
     except _mendable() as error:
         number = os.environ.get("RANK", "0")
-        _fail(str(error) if number == "0" else f"process {number}: {error}")
+        said = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)  # of a loader
+        _fail(said if number == "0" else f"process {number}: {said}")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}; mend that and run again: it goes on where it was")
 
 
 def _mendable() -> tuple[type[BaseException], ...]:
@@ -429,6 +453,7 @@ def _mendable() -> tuple[type[BaseException], ...]:
         "pipeline.data.manifest": "DataError",
         "pipeline.checkpoints": "CheckpointError",
         "pipeline.training": "TrainingError",
+        "pipeline.tracking": "StoreError",
     }
     return tuple(getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules)
 

@@ -6,11 +6,12 @@ end, whole, into results/<stage>/<model>/.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import mdeq
 from pipeline import processes
 from pipeline.checkpoints import Architecture, CheckpointError, RunState, checksum, load_model, save_model
 from pipeline.data.loading import Keys
+from pipeline.data.manifest import code_digest, read_summary
 from pipeline.training import Recipe, Row, Task, TrainingError, train
 
 if TYPE_CHECKING:
     from pipeline.machine import Machine
-    from pipeline.tracking import Tracker
     from pipeline.train_params import TrainParams
 
 
@@ -58,7 +60,7 @@ def run(
 
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    summary = json.loads(Path("results/data", dataset, "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(dataset)
     out = Path("results", stage, name)
     recipe = _recipe(params)
     first = task(params.seeds[0])
@@ -66,20 +68,29 @@ def run(
     identity = {
         "params": params.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"}),
         "data": summary["manifest"],
+        "code": code(stage, dataset),
         "torch": torch.__version__,
         **({"backbone": checksum(backbone)} if backbone else {}),
     }
     work = machine.root / "work" / f"{stage}-{name}"
     states = {seed: RunState(work, identity, f"seed-{seed}") for seed in params.seeds}
-    run_id = next((saved["run_id"] for s in states.values() if (saved := s.load())), None)
+    own = states[params.seeds[0]]
     architecture = _architecture(params, first.train.classes)
 
     histories: dict[int, list[Row]] = {}
-    with processes.joined(machine.device), tracking.start(stage, name, params, machine, run_id) as tracker:
+    logs: dict[int, list[tuple[int, Row]]] = {}
+    with processes.joined(machine.device), contextlib.ExitStack() as stack:
         first_process = processes.rank() == 0
-        if first_process and (differences := states[params.seeds[0]].differences()):
+        if first_process:
+            own.claim()
+        tracker = stack.enter_context(tracking.start(stage, name, params, machine, own.path.with_name("run")))
+        if first_process and (differences := own.differences()):
             changed = ", ".join(differences)
-            print(f"{stage} {name}: starts afresh; its interrupted run differs in {changed}", file=sys.stderr)
+            print(
+                f"{stage} {name}: starts afresh; its interrupted run differs in {changed}. "
+                f"Its state stays in {work} until this run has a checkpoint",
+                file=sys.stderr,
+            )
         tracker.dataset(dataset, summary["manifest"], summary["source"])
         for seed in params.seeds:
             torch.manual_seed(seed)
@@ -87,7 +98,8 @@ def run(
             if backbone is not None:
                 tracker.tag("builds_on", load_backbone(model, backbone) or "unknown")
             prefix = f"seed-{seed}/" if len(params.seeds) > 1 else ""
-            with Progress(f"{stage} {name} seed {seed}", tracker, prefix, shown=first_process) as progress:
+            shown = Progress(f"{stage} {name} seed {seed}", tracker, prefix, shown=first_process)
+            with shown as progress, _named_state(states[seed]):
                 histories[seed] = train(
                     model,
                     first if seed == params.seeds[0] else task(seed),
@@ -95,9 +107,10 @@ def run(
                     seed=seed,
                     device=machine.device,
                     workers=machine.workers,
-                    store=_Store(states[seed], tracker),
+                    store=states[seed],
                     observer=progress,
                 )
+            logs[seed] = progress.log
             facts = {"stage": stage, "model": name, "seed": seed, "names": list(first.names)}
             meta = {**facts, "run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
             if first_process and seed == params.seeds[0]:
@@ -108,12 +121,12 @@ def run(
         metrics["flops"] = flops(model, first.validation[Keys(0, [0])][0].to(machine.device))
         facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
         setting = {"seeds": params.seeds, "batch": params.batch, "epochs": params.epochs, "run": tracker.run_id}
-        _write(out, histories, {**metrics, **facts, **setting})
+        _write(out, histories, logs, {**metrics, **facts, **setting})
         last = max(row["step"] for rows in histories.values() for row in rows)
         tracker.metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step=int(last))
         for file in ("metrics.json", "history.csv", "curves.png", "model.pt"):
             tracker.artifact(out / file)
-    states[params.seeds[0]].delete()
+    own.delete()
 
 
 def load_backbone(network: nn.Module, path: Path) -> str | None:
@@ -133,17 +146,33 @@ def load_backbone(network: nn.Module, path: Path) -> str | None:
     return meta.get("run_id")
 
 
-class _Store:
-    """The state of one seed, with the id of the tracked run that a resumed stage continues."""
+def code(stage: str, dataset: str) -> dict[str, str]:
+    """The digests of the sources that a training depends on: those that dvc.yaml declares, to which a test holds it."""
+    shared = (
+        "checkpoints",
+        "experiment",
+        "figures",
+        "metrics",
+        "progress",
+        "training",
+        "data/loading",
+        "data/manifest",
+    )
+    own = (f"data/{dataset}", f"stages/{stage}")
+    here = Path(__file__).parent
+    files = [here / f"{module}.py" for module in (*shared, *own)]
+    files += Path(str(mdeq.__file__)).parent.glob("*.py")
+    return {f"{file.relative_to(here.parent).as_posix()}": code_digest([str(file)]) for file in sorted(files)}
 
-    def __init__(self, state: RunState, tracker: Tracker) -> None:
-        self._state, self._tracker = state, tracker
 
-    def load(self) -> dict[str, Any] | None:
-        return self._state.load()
-
-    def save(self, content: dict[str, Any]) -> None:
-        self._state.save({**content, "run_id": self._tracker.run_id})
+@contextlib.contextmanager
+def _named_state(state: RunState) -> Iterator[None]:
+    """Adds to a training's error where the last good checkpoint lies."""
+    try:
+        yield
+    except TrainingError as error:
+        kept = state.path if state.path.exists() else "none yet"
+        raise TrainingError(f"{error}. Last good checkpoint: {kept}") from error.__cause__
 
 
 def _recipe(params: TrainParams) -> Recipe:
@@ -204,12 +233,16 @@ def _metrics(histories: dict[int, list[Row]], parameters: int) -> Row:
     return metrics
 
 
-def _write(out: Path, histories: dict[int, list[Row]], metrics: dict[str, Any]) -> None:
+def _write(
+    out: Path, histories: dict[int, list[Row]], logs: dict[int, list[tuple[int, Row]]], metrics: dict[str, Any]
+) -> None:
     import pandas as pd
 
     from pipeline import figures
 
     history = pd.DataFrame([{"seed": seed, **row} for seed, rows in histories.items() for row in rows])
     history.to_csv(out / "history.csv", index=False)
+    log = [{"seed": seed, "step": step, **row} for seed, rows in logs.items() for step, row in rows]
+    pd.DataFrame(log).to_csv(out / "log.csv", index=False)
     figures.save(figures.training_curves(history, f"{out.parent.name} {out.name}"), out / "curves.png")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")

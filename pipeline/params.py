@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FILE = Path("params.yaml")
 SCHEMA = "params.schema.json"
+VALUES = 100_000  # in a file; aliases count where they are used
 
 
 class ParamsError(ValueError):
@@ -103,7 +104,8 @@ class PrepareParams(Section):
         return self
 
 
-_Seed, _Count = Field(ge=0), Field(ge=1)
+LAST_SEED = 2**32 - 1
+_Seed, _Count = Field(ge=0, le=LAST_SEED), Field(ge=1)
 
 
 class PrepareCifar10(PrepareParams):
@@ -211,6 +213,17 @@ def scale(path: str | Path = FILE) -> str:
     return name if isinstance(name, str) else "unnamed"
 
 
+def locked(output: Path, lock: Path = Path("dvc.lock")) -> dict[str, Any] | None:
+    """The params that a stage's output was made with, as dvc.lock says; None if it does not know this very file."""
+    if not lock.exists():
+        return None
+    md5 = hashlib.md5(output.read_bytes(), usedforsecurity=False).hexdigest()
+    for stage in _read(lock).get("stages", {}).values():
+        if any(out["path"] == output.as_posix() and out.get("md5") == md5 for out in stage.get("outs", ())):
+            return next(iter(stage.get("params", {}).get(str(FILE), {}).values()), None)
+    return None
+
+
 def instances(stage: str, path: str | Path = FILE) -> list[str]:
     """The names in a stage's section."""
     return list(_read(Path(path))[stage])
@@ -259,6 +272,7 @@ def _section_type(stage: str, instance: str | None) -> type[Section]:
 def _read(path: Path) -> Any:
     try:
         data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        _bounded(data)
         data = json.loads(json.dumps(data, default=str))  # as JSON has it: text for keys, no loops
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run from the repository's root or name one with --params") from None
@@ -267,11 +281,23 @@ def _read(path: Path) -> Any:
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ParamsError(f"{path}: {line}not YAML: {error.problem}".replace("\n", " ")) from None
+    except RecursionError:
+        raise ParamsError(f"{path}: not YAML: nested too deeply") from None
     except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(data, dict):
         raise ParamsError(f"{path}: must hold sections (prepare:, classify:, ...)")
     return data
+
+
+def _bounded(data: Any) -> None:
+    """Refuses aliases of aliases, which a few lines of YAML can make billions of."""
+    todo, count = [data], 0
+    while todo:
+        node = todo.pop()
+        todo += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if (count := count + 1) > VALUES:
+            raise ValueError(f"more than {VALUES:,} values, or an alias that holds itself")
 
 
 def _validate(kind: type[Section], data: Any, path: Path, keys: tuple[str, ...]) -> Section:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.tracking import Tracker
 
 SECONDS_A_LINE = 30.0
+PATIENCE = 100
 
 
 class Progress:
@@ -32,7 +33,8 @@ class Progress:
 
     def __init__(self, title: str, tracker: Tracker, prefix: str, *, shown: bool = True) -> None:
         self._tracker, self._prefix = tracker, prefix
-        self._sent = 0
+        self.log: list[tuple[int, Row]] = []  # what the last checkpoint covers
+        self._lost = 0  # updates in a row whose solver came no nearer to an equilibrium than its start
         self._title = title
         self._shown, self._terminal = shown, shown and sys.stderr.isatty()
         self._last_line = time.monotonic()
@@ -56,6 +58,14 @@ class Progress:
     def step(self, step: int, total: int, values: Row) -> None:
         """Shows an update and its figures."""
         text = _figures(values)
+        self._lost = self._lost + 1 if values.get("solver/forward_residual", 0.0) >= 1 else 0
+        if self._lost == PATIENCE:
+            print(
+                f"{self._title}: step {step}: for {PATIENCE} updates the solver found nothing nearer to an equilibrium "
+                "than z = 0; training goes on with its best iterates. More forward.steps or a longer warm_up help",
+                file=sys.stderr,
+                flush=True,
+            )
         self._bar.update(self._steps, completed=step, total=total, figures=text)
         if (
             self._shown
@@ -71,10 +81,10 @@ class Progress:
 
     def saved(self, log: list[tuple[int, Row]]) -> None:
         """Sends the rows that a checkpoint now covers."""
-        for step, row in log[self._sent :]:
+        for step, row in log[len(self.log) :]:
             self._tracker.metrics({self._prefix + name: value for name, value in row.items()}, step)
         self._tracker.flush()
-        self._sent = len(log)
+        self.log = list(log)
 
 
 def _figures(values: Row) -> str:

@@ -25,6 +25,7 @@ from mdeq import (
 )
 from mdeq.baselines import ExplicitConfig, NeuralODEConfig, ResNetConfig
 from pipeline.params import (
+    LAST_SEED,
     TRAINED_BY,
     EvaluateCityscapes,
     EvaluateParams,
@@ -136,7 +137,7 @@ class TrainParams(Section):
     batch: int = Field(ge=1, description="samples an update, over all devices")
     accumulate: int = Field(default=1, ge=1, description="micro-batches that make an update, one after the other")
     epochs: int = Field(ge=0, description="0: only validated, with a library's weights")
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=LAST_SEED)]], Field(min_length=1)] = Field(
         default=[0],
         description="one training each; metrics are their mean and spread, the model is the first one's",
     )
@@ -195,7 +196,7 @@ class ConvergenceParams(Section):
     batches: int = Field(ge=2, description="random batches; mean and standard deviation are over them")
     steps: int = Field(ge=1, description="updates of each solver, whatever its own limit; one evaluation of f more")
     solvers: Annotated[tuple[ForwardParams, ...], Field(min_length=1)]
-    seed: int = Field(default=0, ge=0, description="which batches")
+    seed: int = Field(default=0, ge=0, le=LAST_SEED, description="which batches")
 
     @model_validator(mode="after")
     def _one_of_a_kind(self) -> ConvergenceParams:
@@ -229,7 +230,7 @@ class BenchmarkParams(Section):
     image: int = Field(ge=8, description="height and width of the images; the paper: 32")
     rounds: int = Field(ge=1, description="measured steps of each model, interleaved; their median counts")
     warm_up: int = Field(ge=0, description="steps of each before measuring")
-    seed: int = Field(default=0, ge=0, description="of weights and images")
+    seed: int = Field(default=0, ge=0, le=LAST_SEED, description="of weights and images")
 
     @model_validator(mode="after")
     def _relative_to_something(self) -> BenchmarkParams:

@@ -4,7 +4,6 @@ with.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from pipeline import checkpoints
 from pipeline.data import cifar10, cityscapes, imagenet
 from pipeline.data.loading import BatchDataset, Keys
-from pipeline.data.manifest import DataError, data_root
+from pipeline.data.manifest import DataError, data_root, read_summary
 from pipeline.machine import Machine
 from pipeline.params import TRAINED_BY
 from pipeline.tracking import Tracker
@@ -34,6 +33,9 @@ class First:
 
     def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
         return self.whole[keys]
+
+    def name(self, index: int) -> str:
+        return self.whole.name(index)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     network, architecture, meta = checkpoints.load_model(weights, machine.device)
-    summary = _summary(dataset)
+    summary = read_summary(dataset)
     split, names, (mean, std) = _open(dataset, data_root(dataset, summary["source"], machine), meta["params"])
     if split.classes != architecture.classes:
         raise DataError(
@@ -100,14 +102,6 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
     manifest = Path("results/data/cityscapes/manifest.csv")
     frames = cityscapes.frames(manifest, "val") if dataset == "cityscapes" else ()
     return Trained(network, split, names, mean, std, facts | machine.describe(), run, frames)
-
-
-def _summary(dataset: str) -> dict[str, Any]:
-    path = Path("results/data") / dataset / "summary.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); run `python -m pipeline prepare {dataset}` first") from None
 
 
 def _open(dataset: str, root: Path, params: dict[str, Any]) -> tuple[BatchDataset, tuple[str, ...], Any]:

@@ -1,6 +1,12 @@
 """Checkpoints: whole or not at all, strictly typed, and never executed."""
 
+import os
 import pickle
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,9 +81,61 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
 def test_a_write_that_fails_keeps_the_previous_file(tmp_path):
     path = tmp_path / "state.pt"
     write_atomically(path, {"step": 1})
-    with pytest.raises(CheckpointError, match=r"state.pt: cannot be written .*MB free"):
+    with pytest.raises(CheckpointError, match=r"state.pt: cannot be written .*MB are needed, .*MB are free"):
         write_atomically(path, _FailsHalfWay(step=2))
     assert read(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_room_it_needs(tmp_path):
+    path, limits = tmp_path / "state.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_atomically(path, {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # the kernel refuses to write on, as when full
+    try:
+        with pytest.raises(CheckpointError, match=r"state.pt: cannot be written .*; 4.0 MB are needed") as caught:
+            write_atomically(path, {"model": {"weight": torch.zeros(1_000_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert read(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_may_not_be_written_is_named():
+    with tempfile.TemporaryDirectory() as folder:  # one that others may enter, unlike tmp_path
+        os.chmod(folder, 0o555)
+        root = os.geteuid() == 0
+        try:
+            if root:  # who may write everywhere
+                os.seteuid(65534)
+            with pytest.raises(CheckpointError, match=r"state.pt: cannot be written \(\[Errno 13\] Permission denied"):
+                write_atomically(Path(folder, "state.pt"), {"step": 1})
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o755)
+
+
+def test_one_process_a_model_and_others_states_are_left_alone(tmp_path):
+    """Two experiments of one stage at once: each has its state, and the first to finish leaves the other's."""
+    ours = RunState(tmp_path, {"lr": 1}, "seed-0")
+    code = (
+        "import sys; from pathlib import Path; from pipeline.checkpoints import RunState\n"
+        "state = RunState(Path(sys.argv[1]), {'lr': int(sys.argv[2])}, 'seed-0'); state.claim()\n"
+        "state.save({'step': 7}); print('ready', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "2"], cwd=Path(__file__).parents[1], **pipes) as other:
+        assert other.stdout and other.stdout.readline() == "ready\n"
+        theirs = RunState(tmp_path, {"lr": 2}, "seed-0")
+        with pytest.raises(CheckpointError, match="another process is training this very model"):
+            theirs.claim()
+        ours.claim()
+        ours.save({"step": 1})
+        ours.delete()
+        assert theirs.load() == {"step": 7}
+        other.kill()
+        other.wait()
+        theirs.claim()  # the kernel let go of it
 
 
 class _FailsHalfWay(dict):

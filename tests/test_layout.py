@@ -22,7 +22,8 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from ruamel.yaml import YAML
 
-from pipeline.params import STAGES
+from pipeline import experiment
+from pipeline.params import STAGES, TRAINED_BY
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mdeq", "pipeline")
@@ -210,6 +211,10 @@ def test_a_stage_depends_on_the_code_it_uses(stages: list[PipelineStage], group:
         todo += imports(name)
     needed = {"mdeq" if name.startswith("mdeq") else str(MODULES[name].relative_to(ROOT)) for name in used}
     assert declared == needed
+    if group in TRAINED_BY.values():  # by what an interrupted training knows that its code has changed
+        (dataset,) = (name for name, trained_by in TRAINED_BY.items() if trained_by == group)
+        hashed = {"mdeq" if file.startswith("mdeq/") else file for file in experiment.code(group, dataset)}
+        assert hashed == declared
 
 
 def test_only_sources_and_the_machine_are_looked_at_every_time(stages: list[PipelineStage]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from mdeq import Broyden, Gmres, Implicit, MDEQConfig
@@ -131,6 +135,7 @@ def test_a_stage_reads_its_own_section_alone(workspace: Path) -> None:
         ("warm_up.steps", GONE, "warm_up.steps: is missing"),
         ("jacobian", {"weight": -1.0}, "jacobian.weight: must be at least 0, not -1.0"),
         ("jacobian", {"weight": 1.0, "stop_epoch": 0}, "jacobian.stop_epoch: must be at least 1, not 0"),
+        ("seeds", [2**32], "seeds.0: must be at most 4294967295, not 4294967296"),
         ("seeds", [1, 1], "seeds: must differ from each other, not [1, 1]"),
         ("augment", "on", 'augment: must be a valid boolean, not "on"'),
         ("precision", "float64", "precision: must be 'float32', 'bfloat16' or 'float16', not \"float64\""),
@@ -180,7 +185,7 @@ def test_all_errors_are_said_at_once(workspace: Path) -> None:
         ("a: 1\na: 2", 'line 2: not YAML: found duplicate key "a"'),
         ("- 1", "must hold sections"),
         ("", "must hold sections"),
-        ("a: &x [*x]", "not YAML: Circular reference"),
+        ("a: &x [*x]", "not YAML: more than 100,000 values, or an alias that holds itself"),
     ],
 )
 def test_what_is_no_params_file_is_one_line(workspace: Path, text: str, line: str) -> None:
@@ -235,3 +240,79 @@ def test_the_schema_knows_ranges_and_refuses_unknown_keys() -> None:
 def test_the_committed_schema_is_the_generated_one(repository: Path) -> None:
     committed = (repository / params.SCHEMA).read_text(encoding="utf-8")
     assert committed == params.schema(), "run `make schema` and commit params.schema.json"
+
+
+# ---- whatever stands in the file
+
+
+def _places(node: Any, where: tuple = ()) -> list[tuple]:
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [place for key, value in inner for place in ((*where, key), *_places(value, (*where, key)))]
+
+
+SHIPPED = YAML(typ="safe").load((Path(params.__file__).parents[1] / "params.yaml").read_text(encoding="utf-8"))
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["mdeq", "resnet18", "broyden", "gmres", "7", "1e-3", ".nan", "~", "2020-01-01"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("kind"), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def _says_what_is_wrong(path: Path) -> None:
+    """Right, or wrong in lines that name the file; never another exception."""
+    try:
+        params.scale(path)
+        params.check(path)
+    except ParamsError as error:
+        lines = str(error).splitlines()
+        assert lines and all(line.startswith(f"{path}: ") and len(line) > len(f"{path}: ") for line in lines)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.sampled_from(_places(SHIPPED)), st.one_of(VALUES, st.just(GONE))), max_size=3))
+def test_no_value_anywhere_gives_a_traceback(tmp_path: Path, edits: list[tuple[tuple, Any]]) -> None:
+    data = copy.deepcopy(SHIPPED)
+    for place, value in edits:
+        node = data
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier edit took the place away
+            for key in place[:-1]:
+                node = node[key]
+            if value is GONE:
+                del node[place[-1]]
+            else:
+                node[place[-1]] = value
+    (tmp_path / "params.yaml").write_text(json.dumps(data), encoding="utf-8")  # JSON is YAML
+    _says_what_is_wrong(tmp_path / "params.yaml")
+
+
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    text=st.text(st.sampled_from("ab:-[]{}#&*!|>'\"%@`?,.~ \n\t0\u00e9\u2028"), max_size=40).map(str.encode)
+    | st.binary(max_size=40)
+    | st.sampled_from(
+        [
+            b"[" * 9000,
+            b"a: " + b"9" * 9000,
+            b"a: &a [*a]",
+            b"? {a: 1}\n: 2",
+            b"!!python/object:os.system [ls]",
+            b"\xff\xfe",
+            b"a: &a [1,1,1,1,1,1,1,1]\n"
+            + b"".join(
+                b"b%d: &b%d [%s]\n" % (i, i, b",".join([b"*a" if i == 0 else b"*b%d" % (i - 1)] * 8)) for i in range(8)
+            ),
+        ]
+    )
+)
+def test_no_bytes_at_all_give_a_traceback(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "params.yaml").write_bytes(text)
+    _says_what_is_wrong(tmp_path / "params.yaml")

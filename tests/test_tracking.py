@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import warnings
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -108,18 +109,18 @@ def test_more_metrics_than_a_batch_takes_arrive_in_batches(machine: Machine) -> 
     with tracking.start("classify", "x", None, machine) as tracker:
         for step in range(1300):
             tracker.metrics({"loss/train": step, "lr": 0.1}, step)
-        assert history(machine, tracker.run_id, "loss/train")
     assert len(history(machine, tracker.run_id, "loss/train")) == 1300
 
 
 def test_a_resumed_run_has_each_step_once_and_its_first_params(machine: Machine) -> None:
     first = Many(values={"a": 1})
-    with pytest.raises(RuntimeError), tracking.start("classify", "x", first, machine) as tracker:
+    record = machine.root / "work" / "run"
+    with pytest.raises(RuntimeError), tracking.start("classify", "x", first, machine, record) as tracker:
         for step in range(10):
             tracker.metrics({"loss/train": step}, step)
         raise RuntimeError("the power went")
     assert stored(machine, tracker.run_id).info.status == "FAILED"
-    with tracking.start("classify", "x", Many(values={"a": 2}), machine, run_id=tracker.run_id) as resumed:
+    with tracking.start("classify", "x", Many(values={"a": 2}), machine, record) as resumed:
         for step in range(5, 15):  # goes on from a checkpoint that is older than the last metric
             resumed.metrics({"loss/train": step}, step)
         resumed.metrics({"eval/top1": 0.5}, 7)
@@ -130,12 +131,13 @@ def test_a_resumed_run_has_each_step_once_and_its_first_params(machine: Machine)
     assert history(machine, resumed.run_id, "eval/top1") == [(7, 0.5)]
 
 
-def test_a_run_that_the_store_lost_is_begun_anew(machine: Machine) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        with tracking.start("classify", "x", None, machine, run_id="0" * 32) as tracker:
-            tracker.metrics({"loss/train": 1.0}, 0)
-    assert tracker.run_id not in (None, "0" * 32)
+def test_a_run_that_the_store_lost_is_begun_anew(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    record = machine.root / "run"
+    record.write_text("0" * 32)
+    with tracking.start("classify", "x", None, machine, record) as tracker:
+        tracker.metrics({"loss/train": 1.0}, 0)
+    assert tracker.run_id not in (None, "0" * 32) and record.read_text() == tracker.run_id
+    assert capsys.readouterr().err == ""
     assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0)]
 
 
@@ -145,44 +147,53 @@ def test_interrupted_runs_are_killed_not_failed(machine: Machine) -> None:
     assert stored(machine, tracker.run_id).info.status == "KILLED"
 
 
-def test_a_store_out_of_reach_warns_once_and_stops_nothing(workspace: Path) -> None:
-    machine = Machine(workspace, tracking_uri="http://127.0.0.1:9")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with tracking.start("classify", "x", Many(values={"a": 1}), machine) as tracker:
-            for step in range(3000):
-                tracker.metrics({"loss/train": 1.0}, step)
-            tracker.artifact(workspace / "none.txt")
-            tracker.dataset("cifar10", "0", "data")
-            tracker.tag("a", "b")
-            tracker.flush()
-    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    assert tracker.run_id is None and len(said) == 1 and said[0].startswith("tracking failed, the stage goes on")
+def test_a_store_out_of_reach_is_told_once_and_stops_nothing(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    machine = Machine(workspace, tracking_uri="http://me:secret@127.0.0.1:9")
+    with tracking.start("classify", "x", Many(values={"a": 1}), machine) as tracker:
+        for step in range(3000):
+            tracker.metrics({"loss/train": 1.0}, step)
+        tracker.artifact(workspace / "none.txt")
+        tracker.dataset("cifar10", "0", "data")
+        tracker.tag("a", "b")
+        tracker.flush()
+    said = capsys.readouterr().err
+    assert tracker.run_id is None and said.count("tracking: ") == said.count("\n") == 1
+    assert "pipeline sync` hands over what the store lacks" in said and "secret" not in said
 
 
-def test_a_store_that_comes_back_gets_what_it_missed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tracking.start("classify", "x", None, machine) as tracker:
-        log_batch = MlflowClient.log_batch
+def test_a_store_that_comes_back_gets_what_it_missed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries, log_batch = [], MlflowClient.log_batch
+    monkeypatch.setattr(tracking, "SECONDS_A_RETRY", 0.01)
 
-        def away(*_: object, **__: object) -> None:
+    def away_at_first(*arguments: Any, **others: Any) -> None:
+        tries.append(1)
+        if len(tries) < 5:
             raise ConnectionError("away")
+        log_batch(*arguments, **others)
 
-        monkeypatch.setattr(MlflowClient, "log_batch", away)
+    monkeypatch.setattr(MlflowClient, "log_batch", away_at_first)
+    with tracking.start("classify", "x", None, machine) as tracker:
         tracker.metrics({"loss/train": 1.0}, 0)
-        with pytest.warns(RuntimeWarning, match="ConnectionError: away"):
-            tracker.flush()
-        monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
-        monkeypatch.setattr(tracker, "_retry_at", 0.0)  # a minute later
+        tracker.flush()
+        while len(tries) < 5:
+            time.sleep(0.001)
         tracker.metrics({"loss/train": 2.0}, 1)
+        tracker.metrics({"loss/train": 9.0}, 1)  # each step once
+    assert "ConnectionError: away" in capsys.readouterr().err
     assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0), (1, 2.0)]
     assert stored(machine, tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_file_that_is_not_there_leaves_the_run_whole(machine: Machine) -> None:
-    with pytest.warns(RuntimeWarning, match="tracking failed"):
-        with tracking.start("classify", "x", None, machine) as tracker:
-            tracker.metrics({"loss/train": 1.0}, 0)
-            tracker.artifact(machine.root / "none.png")
+def test_a_file_that_is_not_there_leaves_the_run_whole(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    with tracking.start("classify", "x", None, machine) as tracker:
+        tracker.metrics({"loss/train": 1.0}, 0)
+        tracker.artifact(machine.root / "none.png")
+    assert "none.png" in capsys.readouterr().err
     assert stored(machine, tracker.run_id).info.status == "FINISHED"
     assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0)]
 
@@ -203,8 +214,6 @@ def test_system_metrics_are_recorded(machine: Machine, monkeypatch: pytest.Monke
     monkeypatch.undo()
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with tracking.start("classify", "x", None, machine) as tracker:
-        import time
-
         time.sleep(1.0)
     names = stored(machine, tracker.run_id).data.metrics
     assert any(name.startswith("system/cpu") for name in names)

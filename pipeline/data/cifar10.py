@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.manifest import DataError, Found, Manifest, Row, checksum, read_bytes
+from pipeline.data.manifest import MEMBER, DataError, Found, Manifest, Row, checksum, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,12 +153,17 @@ def unpack(root: Path) -> None:
     if (root / FOLDER).exists() or not archive.is_file():
         return
     partial = root / f"{FOLDER}.partial"
-    partial.mkdir(exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir()
         with tarfile.open(archive) as tar:
             for member in tar:
                 name = re.fullmatch(rf"{FOLDER}/(data_batch_[1-5]|test_batch|batches\.meta|readme\.html)", member.name)
                 content = tar.extractfile(member) if name and member.isreg() else None
+                if member.size > MEMBER:
+                    raise DataError(
+                        f"{archive}: holds {member.name!r} of {member.size:,} bytes, far more than a batch has"
+                    )
                 if name and content:
                     (partial / name[1]).write_bytes(content.read())
                 elif not member.isdir():
@@ -230,6 +236,10 @@ class Cifar10:
         std = torch.tensor(STD, device=device).view(3, 1, 1)
         return (images.float() / 255 - mean) / std, self.labels[indices]
 
+    def name(self, index: int) -> str:
+        """Return which image of the split it is."""
+        return f"image {index}"
+
     def _crop_and_flip(self, images: Tensor, keys: Keys) -> Tensor:
         import torch
         from torch.nn.functional import pad
@@ -260,9 +270,7 @@ def open_cifar10(
     rows = Manifest.read(manifest).split(split)
     parts = []
     for path, size, expected in zip(rows["path"], rows["bytes"], rows["checksum"], strict=True):
-        content = read_bytes(root, path, int(size))
-        if checksum(content) != expected:
-            raise DataError(f"{root / path}: not the file of the manifest; run `python -m pipeline prepare cifar10`")
+        content = read_bytes(root, path, int(size), expected)
         parts.append(images_and_labels(content, root / path))
     images, labels = (np.concatenate(part)[:limit] for part in zip(*parts, strict=True))
     return Cifar10(images, labels, augment=augment, seed=seed, device=device)

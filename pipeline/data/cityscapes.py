@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.data.manifest import (
+    MEMBER,
     DataError,
     Found,
     Manifest,
@@ -185,6 +186,9 @@ def _unpack(root: Path, kind: str, archive: Path) -> None:
                     continue
                 if name is None or member.external_attr >> 28 not in (0, 8):
                     raise DataError(f"{archive}: holds {member.filename!r}, which the official archive does not")
+                if member.file_size > MEMBER:
+                    size = f"{member.file_size:,} bytes, far more than a picture has"
+                    raise DataError(f"{archive}: holds {member.filename!r} of {size}")
                 (partial / name[1]).parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as file, (partial / name[1]).open("wb") as out:
                     shutil.copyfileobj(file, out)
@@ -248,16 +252,22 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
 
 
 def read_pair(
-    root: Path, path: str, label_path: str, size: int | None = None, label_size: int | None = None
+    root: Path,
+    path: str,
+    label_path: str,
+    size: int | None = None,
+    label_size: int | None = None,
+    expected: str | None = None,
+    label_expected: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image (H, W, 3) RGB and its train ids (H, W), both uint8."""
+    """Return an image (H, W, 3) RGB and its train ids (H, W), both uint8; sizes and checksums are the manifest's."""
     import cv2
 
-    content = np.frombuffer(read_bytes(root, path, size), np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR)
+    content = np.frombuffer(read_bytes(root, path, size, expected), np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # the label is not turned either
     if image is None:
         raise DataError(f"{root / path}: not a readable image")
-    return image[..., ::-1], read_label(root, label_path, read_bytes(root, label_path, label_size))
+    return image[..., ::-1], read_label(root, label_path, read_bytes(root, label_path, label_size, label_expected))
 
 
 def resized(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -331,11 +341,10 @@ class Cityscapes:
         """Hold the manifest's `rows`; pairs are read when asked for."""
         self.root, self.crop, self.test_size, self.augment, self.seed = root, crop, test_size, augment, seed
         self.classes = len(class_names())
+        columns = ("path", "label_path", "bytes", "label_bytes", "checksum", "label_checksum")
         self.files = [
-            (image, label, int(size), int(label_size))
-            for image, label, size, label_size in zip(
-                rows["path"], rows["label_path"], rows["bytes"], rows["label_bytes"], strict=True
-            )
+            (image, label, int(size), int(label_size), *checksums)
+            for image, label, size, label_size, *checksums in zip(*(rows[name] for name in columns), strict=True)
         ]
 
     def __len__(self) -> int:
@@ -356,6 +365,10 @@ class Cityscapes:
         images = torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2).float() / 255
         images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         return images.contiguous(), torch.from_numpy(np.stack([label for _, label in pairs])).long()
+
+    def name(self, index: int) -> str:
+        """Return an image's path in the data root."""
+        return self.files[index][0]
 
     def _pair(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         from pipeline.data.loading import draw

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from pipeline.data.manifest import (
+    MEMBER,
     DataError,
     Found,
     Manifest,
@@ -126,6 +127,10 @@ def _members(archive: Path, content: IO[bytes] | None, pattern: str) -> Iterator
             file = tar.extractfile(member) if member.isreg() and re.fullmatch(pattern, member.name) else None
             if file is None:
                 raise DataError(f"{archive}: holds {member.name!r}, which the official archive does not")
+            if member.size > MEMBER and not member.name.endswith(".tar"):
+                raise DataError(
+                    f"{archive}: holds {member.name!r} of {member.size:,} bytes, far more than a picture has"
+                )
             yield member.name, file
 
 
@@ -167,7 +172,7 @@ def validation_wnids(devkit: Path) -> list[str]:
             for member in tar:
                 name = member.name.partition("/")[2]
                 file = tar.extractfile(member) if member.isreg() and name in wanted else None
-                if file:
+                if file and member.size <= MEMBER:
                     content[name] = file.read()
         synsets = loadmat(io.BytesIO(content[wanted[0]]), squeeze_me=True)["synsets"]
         wnid = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if not entry["num_children"]}
@@ -212,12 +217,12 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
 # ---- what training reads
 
 
-def decode(root: Path, path: str, size: int) -> Image:
-    """Return an image in RGB, whatever colour space its file has."""
+def decode(root: Path, path: str, size: int, expected: str | None = None) -> Image:
+    """Return an image in RGB, whatever colour space its file has; its bytes must be those of the manifest."""
     from PIL import Image
 
     try:
-        return Image.open(io.BytesIO(read_bytes(root, path, size))).convert("RGB")
+        return Image.open(io.BytesIO(read_bytes(root, path, size, expected))).convert("RGB")
     except DataError:
         raise
     except Exception as error:
@@ -264,6 +269,7 @@ class ImageNet:
         # Arrays, not lists: a list's reference counts would copy its memory into every worker.
         self.paths = np.array([path.encode() for path in rows["path"]])
         self.bytes = np.array(rows["bytes"], np.int64)
+        self.checksums = np.array([text.encode() for text in rows["checksum"]])
         self.labels = np.searchsorted(np.array(class_names), np.array(rows["class"]))
 
     def __len__(self) -> int:
@@ -279,12 +285,16 @@ class ImageNet:
         images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         return images.contiguous(), torch.from_numpy(self.labels[keys.indices])
 
+    def name(self, index: int) -> str:
+        """Return an image's path in the data root."""
+        return self.paths[index].decode()
+
     def _pixels(self, epoch: int, index: int) -> np.ndarray:
         from PIL import ImageOps
 
         from pipeline.data.loading import draw
 
-        image = decode(self.root, self.paths[index].decode(), int(self.bytes[index]))
+        image = decode(self.root, self.name(index), int(self.bytes[index]), self.checksums[index].decode())
         if not self.augment:
             return np.asarray(centre_crop(image, self.size))
         rng = draw(self.seed, epoch, index)

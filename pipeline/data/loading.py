@@ -37,6 +37,10 @@ class BatchDataset(Protocol):
         """Images (B, 3, H, W), normalised float32, and their targets (B,) or (B, H, W), int64."""
         ...
 
+    def name(self, index: int) -> str:
+        """Which file or image a sample is, for messages."""
+        ...
+
 
 def draw(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random generator of one sample in one epoch."""

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pipeline.machine import Machine
 
 Row = dict[str, str | int]
 Item = TypeVar("Item")
+SIDE, PIXELS = 4, 80_000_000  # of a picture: the shorter side at least, all at most
+MEMBER = 64 * 2**20  # bytes of an archive's file at most; the largest real one, a batch of CIFAR-10, has 31 million
 
 
 class DataError(Exception):
     """The data are not as they must be; the message is one line and names the file and the cure."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # a library's reason may have several lines
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,20 @@ class Manifest:
         return Manifest(self.path, {column: [values[i] for i in keep] for column, values in self.columns.items()})
 
 
+def read_summary(name: str) -> dict[str, Any]:
+    """Return the summary that prepare wrote of a set, whose manifest must still be the one beside it."""
+    folder = Path("results/data", name)
+    again = f"run `python -m pipeline prepare {name}`"
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        digest = checksum((folder / "manifest.csv").read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'summary.json'}: cannot be read ({error}); {again} first") from None
+    if digest != summary["manifest"]:
+        raise DataError(f"{folder / 'manifest.csv'}: not as prepare wrote it; it is not to be edited: {again} again")
+    return summary
+
+
 def data_root(name: str, source: str, machine: Machine) -> Path:
     """Return where the set lies: what the environment says, else data/generated/<set> or data/<set>."""
     if name in machine.data_roots:
@@ -85,8 +107,8 @@ def code_digest(files: Iterable[str | None]) -> str:
     return checksum(b"".join(Path(file).read_bytes() for file in files if file))
 
 
-def read_bytes(root: Path, path: str, size: int | None = None) -> bytes:
-    """Return a file's content; if it is unreadable or not of the manifest's `size`, an error names it."""
+def read_bytes(root: Path, path: str, size: int | None = None, expected: str | None = None) -> bytes:
+    """Return a file's content; if it is unreadable or not of the manifest's size or checksum, an error names it."""
     try:
         content = (root / path).read_bytes()
     except OSError as error:
@@ -96,23 +118,47 @@ def read_bytes(root: Path, path: str, size: int | None = None) -> bytes:
             f"{root / path}: {len(content)} bytes, but {size} in the manifest: the data has changed since; "
             "run `python -m pipeline prepare` again"
         )
+    if expected is not None and checksum(content) != expected:
+        raise DataError(f"{root / path}: not the file of the manifest; run `python -m pipeline prepare` again")
     return content
 
 
 def image_size(root: Path, path: str, content: bytes) -> tuple[int, int]:
-    """Decode an image to its end and return its (width, height); if it is broken, an error names it."""
+    """Decode an image to its end and return its (width, height); if it is broken or no photo, an error names it.
+
+    An orientation in the file's EXIF data is ignored, as published results on these sets ignore it.
+    """
     import io
 
     from PIL import Image
 
+    if not content:
+        raise DataError(f"{root / path}: an empty file")
     try:
         with Image.open(io.BytesIO(content)) as image:
             size = image.size
+            if unfit := _unfit(image):
+                raise DataError(f"{root / path}: {unfit}")
             image.draft("L", (1, 1))  # a JPEG is read to its end all the same, only its pixels are not all made
             image.load()
+    except DataError:
+        raise
     except Exception as error:  # PIL raises whatever its decoders meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{root / path}: not a readable image ({error})") from None
     return size
+
+
+def _unfit(image: Image.Image) -> str:
+    width, height = image.size
+    if min(width, height) < SIDE:
+        return f"{width} x {height} pixels: too small for a picture"
+    if width * height > PIXELS:
+        return f"{width} x {height} pixels: gigantic; scale it down"
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with a preview
+        return "an animation; keep one frame"
+    if image.mode[0] in "IF":
+        return "more than 8 bits a pixel; it must be an 8-bit picture"
+    return ""
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
@@ -127,11 +173,26 @@ def progress(items: Iterable[Item], title: str, total: int | None = None) -> Ite
 
 def folders(root: Path) -> list[str]:
     """Return the names of the visible folders in `root`, sorted."""
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return [e.name for e in _visible(root) if e.is_dir(follow_symlinks=False) or os.path.isdir(e.path)]
 
 
 def files(root: Path) -> list[str]:
-    """Return the names of the visible files in `root`, sorted."""
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+    """Return the names of the visible files in `root`, sorted; there may be nothing but files."""
+    entries = _visible(root)
+    for entry in entries:
+        if not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
+            what = "a folder" if os.path.isdir(entry.path) else "a link to nothing, or a device"
+            raise DataError(f"{entry.path}: {what} among the pictures; move it out of the data set")
+    return [entry.name for entry in entries]
+
+
+def _visible(root: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(root) as entries:
+            found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read ({error.strerror})") from None
+    for entry in found:
+        if not entry.name.isprintable():
+            raise DataError(f"{root}: {ascii(entry.name)} has a character that cannot be printed; rename it")
+    return found

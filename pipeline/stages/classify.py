@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from mdeq.losses import classification_loss
 from pipeline import experiment
 from pipeline.data.cifar10 import CLASSES, open_cifar10
-from pipeline.data.manifest import data_root
+from pipeline.data.manifest import data_root, read_summary
 from pipeline.metrics import TopK
 from pipeline.training import Task
 
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 def run(model: str, params: ClassifyParams, machine: Machine) -> None:
     """Trains `classify.<model>` and writes results/classify/<model>/."""
     folder = Path("results/data/cifar10")
-    source = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["source"]
-    root = data_root("cifar10", source, machine)
+    root = data_root("cifar10", read_summary("cifar10")["source"], machine)
 
     def task(seed: int) -> Task:
         manifest, device = folder / "manifest.csv", machine.device

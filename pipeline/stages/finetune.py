@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from mdeq.heads import resize
 from mdeq.losses import HardExamples, pixel_weight, segmentation_loss
 from pipeline import experiment
 from pipeline.data.cityscapes import class_names, open_cityscapes
-from pipeline.data.manifest import data_root
+from pipeline.data.manifest import data_root, read_summary
 from pipeline.metrics import ConfusionMatrix
 from pipeline.training import Task
 
@@ -35,8 +34,7 @@ def run(model: str, params: FinetuneParams, machine: Machine) -> None:
         CheckpointError: if the backbone does not fit.
     """
     folder = Path("results/data/cityscapes")
-    source = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["source"]
-    root = data_root("cityscapes", source, machine)
+    root = data_root("cityscapes", read_summary("cityscapes")["source"], machine)
     hard = HardExamples() if params.loss.ohem else None
 
     weights = torch.tensor(CLASS_WEIGHTS, device=machine.device) if params.loss.class_weights else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdeq.losses import classification_loss
 from pipeline import experiment
 from pipeline.data.imagenet import open_imagenet
-from pipeline.data.manifest import data_root
+from pipeline.data.manifest import data_root, read_summary
 from pipeline.metrics import TopK
 from pipeline.training import Task
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 def run(model: str, params: PretrainParams, machine: Machine) -> None:
     """Trains `pretrain.<model>` and writes results/pretrain/<model>/."""
     folder = Path("results/data/imagenet")
-    source = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["source"]
-    root = data_root("imagenet", source, machine)
+    root = data_root("imagenet", read_summary("imagenet")["source"], machine)
 
     def task(seed: int) -> Task:
         manifest = folder / "manifest.csv"
