@@ -8,20 +8,22 @@ their number: batch statistics, dropout masks and Jacobian probes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mdeq import Network, Prediction, Solution
 from pipeline import processes
-from pipeline.data.loading import BatchDataset, batches
+from pipeline.data.loading import BatchDataset, batches, order
 from pipeline.processes import Share
 
 Row = dict[str, float]
@@ -29,6 +31,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Precision = Literal["float32", "bfloat16", "float16"]
 Piece = tuple[Tensor, Tensor, int]  # images, targets, how many of them count
 FINAL_LR = 1e-6  # where the cosine ends, as published
+NAMES = 8  # of files in a message
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # as CUDA, torch's CPU and cuBLAS say it
 
 
 class TrainingError(Exception):
@@ -196,7 +200,7 @@ def train(
         The history, a row an epoch.
 
     Raises:
-        TrainingError: if the loss is not finite.
+        TrainingError: if a loss or gradient is not finite, or the memory does not suffice; no weight has changed since.
     """
     model.to(device)
     share = Share(processes.rank(), processes.count(), recipe.accumulate)
@@ -242,11 +246,10 @@ def train(
         for pieces in zip(*[iter(loader)] * recipe.accumulate, strict=True):
             set_lr(optimizer, cosine(recipe.optimizer.lr, state.step, total))
             samples = min(recipe.batch, len(task.train) - state.batch * recipe.batch)
-            counts = [b - a for a, b in share.bounds(samples)]
-            counted = [(*_moved(piece, device), n) for piece, n in zip(pieces, counts, strict=True)]
-            values = _update(model, optimizer, scaler, counted, task, recipe, seed, state)
-            if not math.isfinite(values["loss/train"]):
-                raise TrainingError(_not_finite(state, values))
+            bounds = share.bounds(samples)
+            with _explained(task, recipe, seed, state, bounds):
+                counted = [(*_moved(piece, device), b - a) for piece, (a, b) in zip(pieces, bounds, strict=True)]
+                values = _update(model, optimizer, scaler, counted, task, recipe, seed, state)
             state.loss_sum += values["loss/train"]
             state.batch += 1
             state.step += 1
@@ -373,6 +376,7 @@ def _update(
     probes = term.probes if term and weight > 0 and float(torch.rand(())) < term.probability else 0
     shares = _shares(pieces, task)
     figures: dict[str, Tensor] = {}
+    seen: list[tuple[Tensor, Tensor]] = []
     optimizer.zero_grad(set_to_none=True)
     for number, ((images, targets, _), share) in enumerate(zip(pieces, shares, strict=True)):
         if part := processes.rank() * len(pieces) + number:
@@ -390,13 +394,15 @@ def _update(
             objective = objective + weight * estimate
             own["solver/jacobian"] = estimate.detach()
         scaler.scale(objective).backward()
+        seen.append((images, prediction.logits.detach()))
         own |= {name: share[1] * value for name, value in _solver_figures(prediction, adjoint).items()}
         figures = {name: figures.get(name, 0) + value for name, value in own.items()}
     sums = torch.stack(list(figures.values()))
     _add_up(model, sums)
-    scaler.step(optimizer)
-    scaler.update()
     values = dict(zip(figures, sums.tolist(), strict=True))  # here a GPU is waited for
+    _check_finite(values["loss/train"], [] if scaler.is_enabled() else list(model.parameters()), seen)
+    scaler.step(optimizer)  # skipped, where the scale was too large for float16
+    scaler.update()
     values["lr"] = optimizer.param_groups[0]["lr"]
     values["time/images_per_second"] = sum(n for *_, n in pieces) * processes.count() / (time.perf_counter() - start)
     return values
@@ -497,11 +503,46 @@ def make_optimizer(model: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimi
     )
 
 
-def _not_finite(state: _State, values: Row) -> str:
-    return (
-        f"the loss is {values['loss/train']} at step {state.step} (epoch {state.epoch + 1}); stopped before it could "
-        "spoil the weights further. The last checkpoint is kept; lower optimizer.lr or lengthen warm_up.steps"
-    )
+class _NotFinite(Exception):
+    """What is not finite, and which of the batch's samples are to blame; none if it is not known."""
+
+    def __init__(self, what: str, samples: list[int]) -> None:
+        super().__init__(what)
+        self.samples = samples
+
+
+def _check_finite(loss: float, parameters: list[nn.Parameter], seen: list[tuple[Tensor, Tensor]]) -> None:
+    """Stops an update before it spoils the weights; `seen` are the images and logits of this process."""
+    norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    masks = [torch.cat([~torch.isfinite(piece[i]).flatten(1).all(1) for piece in seen]) for i in (0, 1)]
+    blamed = next((mask for mask in masks if mask.any()), torch.zeros(0))
+    raise _NotFinite(f"the {what}", blamed.nonzero()[:, 0].tolist())
+
+
+@contextlib.contextmanager
+def _explained(task: Task, recipe: Recipe, seed: int, state: _State, bounds: list[tuple[int, int]]) -> Iterator[None]:
+    """Says of what stops an update at which step it was, and which files made this part of the batch."""
+    try:
+        yield
+    except (_NotFinite, MemoryError, RuntimeError) as error:
+        if isinstance(error, _NotFinite):
+            what, cure = str(error), "lower optimizer.lr or lengthen warm_up.steps"
+        elif isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+            what, cure = "the memory does not suffice", "lower batch"
+        else:
+            raise
+        batch = order(len(task.train), seed, state.epoch)[state.batch * recipe.batch :][: recipe.batch]
+        indices = np.concatenate([batch[a:b] if a < b else batch[:1] for a, b in bounds])
+        if blamed := getattr(error, "samples", None):
+            indices = indices[blamed]
+        names = ", ".join(task.train.name(int(index)) for index in indices[:NAMES]) + ", ..." * (len(indices) > NAMES)
+        raise TrainingError(
+            f"{what} at step {state.step} (epoch {state.epoch + 1}, {'of' if blamed else 'in a batch with'} {names}); "
+            f"no weight has changed since the step before; {cure}"
+        ) from error
 
 
 class _Clock:

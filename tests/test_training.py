@@ -48,6 +48,9 @@ class Stripes:
     def __len__(self) -> int:
         return self.length
 
+    def name(self, index: int) -> str:
+        return f"stripes {index}"
+
     def __getitem__(self, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.zeros(len(keys.indices), 3, 8, 8)
         targets = torch.tensor(keys.indices) % 2
@@ -216,11 +219,62 @@ def test_the_jacobian_terms_schedule_is_trained_with(tmp_path, term, in_the_seco
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
-    broken = Task(Stripes(40), Stripes(20), lambda logits, targets: logits.sum() * math.nan, lambda: TopK(2))
-    with pytest.raises(TrainingError, match="nan at step 0"):
-        store = Store(RunState(tmp_path, {}, "s"))
-        train(network(), broken, RECIPE, seed=0, device="cpu", workers=0, store=store, observer=Watcher())
+class _Poison(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0] * math.inf
+
+
+class Spoiled(Stripes):
+    """One sample is not finite."""
+
+    def __getitem__(self, keys):
+        images, targets = super().__getitem__(keys)
+        images[[index == 13 for index in keys.indices]] = math.inf
+        return images, targets
+
+
+@pytest.mark.parametrize(
+    ("data", "spoil", "message"),
+    [
+        (
+            Stripes(40),
+            lambda loss: loss * math.nan,
+            r"the loss is nan at step 7 \(epoch 2, in a batch with stripes \d+, ",
+        ),
+        (Stripes(40), _Poison.apply, r"the gradient's norm is (nan|inf) at step 7 \(epoch 2, in a batch with stripes "),
+        (
+            Stripes(40),
+            lambda loss: loss + torch.empty(2**50).sum(),
+            "the memory does not suffice at step 7 .*; lower batch",
+        ),
+        (Spoiled(40), lambda loss: loss, r"the loss is nan at step \d \(epoch 1, of stripes 13\); no weight"),
+    ],
+    ids=["loss", "gradient", "memory", "sample"],
+)
+def test_what_cannot_go_on_is_explained_and_spoils_no_weight(tmp_path, data, spoil, message):
+    """The run then goes on from its last checkpoint to the very weights, once the cause is gone."""
+    steps = []
+
+    def loss(logits, targets):
+        steps.append(0)
+        value = classification_loss(logits, targets)
+        return spoil(value) if len(steps) == 8 else value
+
+    whole, _ = run(Store(RunState(tmp_path / "a", {}, "s")), Watcher())
+    state, model = RunState(tmp_path / "b", {}, "s"), network()
+    broken = Task(data, Stripes(20), loss, lambda: TopK(2))
+    with pytest.raises(TrainingError, match=message):
+        train(model, broken, RECIPE, seed=3, device="cpu", workers=0, store=Store(state), observer=Watcher())
+    assert all(p.isfinite().all() for p in model.parameters())
+    resumed, _ = run(Store(state), Watcher())
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_explicit_models_train_in_the_same_loop(tmp_path):

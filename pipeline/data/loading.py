@@ -47,6 +47,11 @@ def draw(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, index))
 
 
+def order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The samples of a training epoch in their order."""
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
 class EpochBatches(Sampler[Keys]):
     """The batches of one epoch from batch `start` on, each in the pieces that `share` says; shuffled by (seed, epoch).
 
@@ -56,8 +61,8 @@ class EpochBatches(Sampler[Keys]):
     def __init__(
         self, length: int, batch: int, *, seed: int, epoch: int, shuffle: bool, start: int, share: Share
     ) -> None:
-        order = np.random.default_rng((seed, epoch)).permutation(length) if shuffle else np.arange(length)
-        whole = [order[i : i + batch] for i in range(start * batch, length, batch)]
+        samples = order(length, seed, epoch) if shuffle else np.arange(length)
+        whole = [samples[i : i + batch] for i in range(start * batch, length, batch)]
         self._batches = [
             Keys(epoch, (part[a:b] if a < b else part[:1]).tolist())
             for part in whole
