@@ -19,7 +19,7 @@ from pipeline import trained as trained_module
 from pipeline.checkpoints import Architecture, save_model
 from pipeline.data import cityscapes
 from pipeline.data.loading import Keys
-from pipeline.data.manifest import DataError
+from pipeline.data.manifest import DataError, checksum
 from pipeline.machine import Machine
 from pipeline.metrics import ConfusionMatrix
 from pipeline.params import EvaluateParams
@@ -234,7 +234,8 @@ def test_loading_says_what_is_missing_and_what_does_not_fit(
     with pytest.raises(DataError, match="results/data/cifar10/summary.json: .*pipeline prepare cifar10"):
         load("cifar10", "tiny", machine)
     Path("results/data/cifar10").mkdir(parents=True)
-    Path("results/data/cifar10/summary.json").write_text('{"source": "folder", "manifest": "0123"}')
+    Path("results/data/cifar10/manifest.csv").write_bytes(b"")
+    Path("results/data/cifar10/summary.json").write_text(json.dumps({"source": "folder", "manifest": checksum(b"")}))
     opened = classifier.split, classifier.names, (classifier.mean, classifier.std)
     monkeypatch.setattr(trained_module, "_open", lambda *_: opened)
     found = load("cifar10", "tiny", machine, limit=3)
