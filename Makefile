@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro repro-all test lint schema ui clean
+.PHONY: help setup repro repro-all test lint schema soak ui clean
 
 # The first Python on PATH that is new enough; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -46,6 +46,9 @@ lint: $(STAMP)  ## Style, types, Dockerfile
 
 schema: $(STAMP)  ## Write params.schema.json again, after a change of the params' types
 	@python -m pipeline schema
+
+soak: $(STAMP)  ## Kill and resume the training stages for an hour: memory, open files and weights must stay
+	@python -m benchmarks.soak --minutes 60 --kills 20
 
 ui: $(STAMP)  ## Open the recorded runs (MLflow) on http://127.0.0.1:5000
 	@python -m pipeline ui
