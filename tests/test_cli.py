@@ -149,6 +149,31 @@ def test_what_a_user_can_mend_is_one_line(workspace: Path, fake_stage: ModuleTyp
         assert (result.exit_code, result.stderr) == (2, "model.pt: damaged; make it again\n")
 
 
+def test_an_error_of_a_loader_process_and_a_full_disk_are_one_line(workspace: Path, fake_stage: ModuleType) -> None:
+    from torch.utils.data import DataLoader
+
+    from pipeline.data.manifest import DataError
+
+    class Broken:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> None:
+            raise DataError("a.png: changed")
+
+    def load(*_: object) -> None:
+        list(DataLoader(Broken(), batch_size=None, num_workers=1))  # type: ignore[arg-type]
+
+    def write(*_: object) -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    for run, message in ((load, "a.png: changed\n"), (write, "No space left on device; mend that and run again")):
+        fake_stage.run = run  # type: ignore[attr-defined]
+        result = invoke("classify mdeq-small --device cpu")
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
 def test_a_defect_keeps_its_traceback(workspace: Path, fake_stage: ModuleType) -> None:
     fake_stage.run = lambda *_: 1 / 0  # type: ignore[attr-defined]
     result = invoke("classify mdeq-small --device cpu")

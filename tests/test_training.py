@@ -13,6 +13,8 @@ from mdeq.losses import IGNORE, HardExamples, classification_loss, segmentation_
 from pipeline.checkpoints import RunState
 from pipeline.data.loading import Keys, batches, draw
 from pipeline.metrics import TopK
+from pipeline.progress import PATIENCE, Progress
+from pipeline.tracking import NullTracker
 from pipeline.training import (
     FINAL_LR,
     Adam,
@@ -275,6 +277,13 @@ def test_what_cannot_go_on_is_explained_and_spoils_no_weight(tmp_path, data, spo
     assert all(p.isfinite().all() for p in model.parameters())
     resumed, _ = run(Store(state), Watcher())
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_solver_that_finds_nothing_for_long_is_told_once(capsys):
+    with Progress("classify x", NullTracker(), "") as progress:
+        for step in range(1, 3 * PATIENCE):
+            progress.step(step, 1000, {"solver/forward_residual": 0.9 if step == 50 else 1.0})
+    assert capsys.readouterr().err.count(f"step {50 + PATIENCE}: for {PATIENCE} updates the solver found nothing") == 1
 
 
 def test_explicit_models_train_in_the_same_loop(tmp_path):
