@@ -148,16 +148,7 @@ def load_backbone(network: nn.Module, path: Path) -> str | None:
 
 def code(stage: str, dataset: str) -> dict[str, str]:
     """The digests of the sources that a training depends on: those that dvc.yaml declares, to which a test holds it."""
-    shared = (
-        "checkpoints",
-        "experiment",
-        "figures",
-        "metrics",
-        "progress",
-        "training",
-        "data/loading",
-        "data/manifest",
-    )
+    shared = "checkpoints experiment figures metrics processes progress training data/loading data/manifest".split()
     own = (f"data/{dataset}", f"stages/{stage}")
     here = Path(__file__).parent
     files = [here / f"{module}.py" for module in (*shared, *own)]

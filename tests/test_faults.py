@@ -166,9 +166,9 @@ def test_however_it_is_stopped_it_ends_with_the_very_same(stages: Stages) -> Non
     assert code == -kill and "starts afresh; its interrupted run differs in torch. Its state stays in" in said
     assert len(list(work.glob("*/*.pt"))) == 1 and len(list(work.iterdir())) == 2
 
-    code, said = stages.train(hit=("after an update", 2, terminate), MDEQ_WORKERS="2")
+    code, said = stages.train(hit=("after an update", 2, terminate))
     assert code == 143 and "Traceback" not in said, said
-    code, said = stages.train(hit=("after an update", 3, interrupt), MDEQ_WORKERS="2")
+    code, said = stages.train(hit=("after an update", 3, interrupt))
     assert code == 130 and "Traceback" not in said and "interrupted; the same command goes on" in said, said
     assert stages.train(hit=("in validation", 3, kill))[0] == -kill
     code, said = stages.train()
