@@ -381,6 +381,28 @@ def sync(path: Params = PARAMS) -> None:
 
 
 @app.command(rich_help_panel="Around them")
+def register(
+    weights: Annotated[Path, typer.Argument(help="A model.pt of a training stage.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Of the registered model; else <stage>-<model>.")] = None,
+    path: Params = PARAMS,
+) -> None:
+    """Make a trained model a new version of a registered model in MLflow.
+
+    Example: `python -m pipeline register results/classify/mdeq-small/model.pt --name cifar10`
+    """
+    with _reported():
+        from pipeline import checkpoints, params, tracking
+        from pipeline.machine import Machine
+
+        machine = Machine.from_environment(device="cpu", scale=params.scale(path))
+        if machine.tracking_uri is None:
+            _fail("MDEQ_TRACKING=off: there is no store to register it in")
+        meta = checkpoints.read(weights).get("meta", {})
+        name = name or f"{meta.get('stage')}-{meta.get('model')}"
+        typer.echo(f"models:/{name}/{tracking.register(machine, meta.get('run_id'), name)}")
+
+
+@app.command(rich_help_panel="Around them")
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 5000, path: Params = PARAMS
 ) -> None:

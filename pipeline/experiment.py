@@ -124,8 +124,9 @@ def run(
         _write(out, histories, logs, {**metrics, **facts, **setting})
         last = max(row["step"] for rows in histories.values() for row in rows)
         tracker.metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step=int(last))
-        for file in ("metrics.json", "history.csv", "curves.png", "model.pt"):
+        for file in ("metrics.json", "history.csv", "curves.png"):
             tracker.artifact(out / file)
+        tracker.model(out / "model.pt", segments=stage == "finetune")
     own.delete()
 
 

@@ -42,13 +42,17 @@ def _hand_over(machine: Machine, file: Path, facts: dict[str, Any], run_id: str 
             tracker.tag(f"machine.{name}", str(facts[name]))
         if "data/digest" in facts:
             name = SETS.get(stage) or str(instance).partition("-")[0]
-            tracker.dataset(name, facts["data/digest"], facts["data/source"])
+            context = "training" if stage in SETS else "evaluation"
+            tracker.dataset(name, facts["data/digest"], facts["data/source"], context)
         step = 0
         for step, row in _log(file.with_name("log.csv"), several=len(facts.get("seeds", ())) > 1):
             tracker.metrics(row, step)
         tracker.metrics(_numbers(facts), step)
         for output in sorted(path for path in file.parent.iterdir() if path.is_file()):
-            tracker.artifact(output)
+            if output.name == "model.pt":
+                tracker.model(output, segments=stage == "finetune")
+            else:
+                tracker.artifact(output)
     return tracker.complete
 
 

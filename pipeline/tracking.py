@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.machine import Machine, commit
+from pipeline.machine import Machine, commit, versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +32,8 @@ PARAMS_A_BATCH, METRICS_A_BATCH, TAG_LENGTH = 100, 1000, 5000  # the store's lim
 SECONDS_A_FLUSH, SECONDS_A_RETRY = 10.0, 60.0
 SECONDS_AT_START, SECONDS_AT_END, SECONDS_KILLED = 15.0, 60.0, 5.0  # that a stage waits for a slow store, at most
 BUFFER = 200_000  # metrics kept while the store is away
+NOTE = """A run named `pipeline ...` holds the stages of one `dvc repro` or `dvc exp run` below it. Charts are grouped:
+`loss/`, `eval/`, `solver/`, `memory/`, `time/`, `system/`. Worth a column: `eval/top1`, `eval/miou`, `solver/nfe`."""
 
 
 class Tracker(Protocol):
@@ -44,8 +47,11 @@ class Tracker(Protocol):
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a copy of a file."""
 
-    def dataset(self, name: str, digest: str, source: str) -> None:
-        """Name the data the run reads; the digest is that of its manifest."""
+    def model(self, path: Path, segments: bool) -> None:
+        """Store a finished model.pt such that `mlflow.pyfunc.load_model` predicts from files of photos."""
+
+    def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
+        """Name the data the run reads, and what for; the digest is that of its manifest."""
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -75,7 +81,10 @@ class NullTracker:
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Nothing."""
 
-    def dataset(self, name: str, digest: str, source: str) -> None:
+    def model(self, path: Path, segments: bool) -> None:
+        """Nothing."""
+
+    def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
         """Nothing."""
 
     def tag(self, name: str, value: str) -> None:
@@ -117,6 +126,8 @@ class MlflowTracker:
         self.complete = False
         self._machine, self._record = machine, record
         self._client: Any = None  # MlflowClient, once the store has answered
+        self._experiment = ""
+        self._parent: str | None = None  # the run of the whole pipeline, if DVC runs this stage
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._rows: list[Any] = []  # mlflow.entities.Metric; appended by the stage, taken away by the thread
         self._told: dict[str, int] = {}  # metric -> the last step that the stage told
@@ -135,11 +146,15 @@ class MlflowTracker:
         import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
 
         def begin() -> None:
-            self._client, experiment = open_store(self._machine)
+            self._client, self._experiment = open_store(self._machine)
+            if watch and "DVC_STAGE" in os.environ:
+                self._parent = _whole(self._client, self._experiment, self._machine)
             if run_id is None or not self._reopen(run_id):
                 name = f"{stage}/{instance}" if instance else stage
                 tags = _tags(stage, instance, self._machine)
-                run = self._client.create_run(experiment, run_name=name, tags=tags)
+                if self._parent:
+                    tags["mlflow.parentRunId"] = self._parent
+                run = self._client.create_run(self._experiment, run_name=name, tags=tags)
                 self.run_id = run.info.run_id
             if self._record is not None:
                 self._record.parent.mkdir(parents=True, exist_ok=True)
@@ -173,13 +188,17 @@ class MlflowTracker:
         """Store a copy of a file."""
         self._jobs.put(lambda: self._client.log_artifact(self.run_id, str(path), folder))
 
-    def dataset(self, name: str, digest: str, source: str) -> None:
+    def model(self, path: Path, segments: bool) -> None:
+        """Store a finished model.pt with the code that reads it."""
+        self._jobs.put(lambda: self._log_model(path, segments))
+
+    def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
         """Name the data the run reads."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         # MLflow's digests are short names, at most 36 characters
         data = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
-        inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+        inputs = [DatasetInput(data, [InputTag("mlflow.data.context", context)])]
         self._jobs.put(lambda: self._client.log_inputs(self.run_id, inputs))
 
     def tag(self, name: str, value: str) -> None:
@@ -201,12 +220,16 @@ class MlflowTracker:
         self.flush()
         if error is not None:
             self.tag("error", f"{type(error).__name__}: {error}")
-        self._jobs.put(lambda: self._client.set_terminated(self.run_id, _status(error)))
+        self._jobs.put(lambda: self._end(_status(error)))
         self._jobs.put(None)
         self._closing.set()
         self._thread.join(SECONDS_KILLED if _status(error) == "KILLED" else SECONDS_AT_END)
         if not self.complete:
             self._complain("not everything has arrived")
+
+    def _end(self, status: str) -> None:
+        for run_id in filter(None, (self.run_id, self._parent)):
+            self._client.set_terminated(run_id, status)
 
     def _work(self, first: list[Callable[[], None]]) -> None:
         """The thread: one job after the other; one that meets no store is tried again, at the end once more."""
@@ -271,6 +294,37 @@ class MlflowTracker:
             self._client.log_batch(self.run_id, params=flat[i : i + PARAMS_A_BATCH])
         self._client.log_dict(self.run_id, params, "params.json")
 
+    def _log_model(self, path: Path, segments: bool) -> None:
+        import pandas as pd
+        from mlflow import pyfunc
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types import ColSpec, DataType, Schema
+        from mlflow.types.schema import Array
+
+        strings, numbers, labels = Array(DataType.string), Array(DataType.double), Array(Array(DataType.long))
+        columns = {"labels": labels} if segments else {"classes": strings, "probabilities": numbers}
+        answers = Schema([ColSpec(kind, name) for name, kind in columns.items()])
+        signature = ModelSignature(Schema([ColSpec(DataType.string, "path")]), answers)
+        name = f"{path.parent.parent.name}-{path.parent.name}"
+        logged = self._client.create_logged_model(self._experiment, name, self.run_id)
+        packages = [f"{package}=={found}" for package, found in versions().items() if found != "none"]
+        with tempfile.TemporaryDirectory() as folder:
+            save: Any = pyfunc.save_model  # whose defaults its types are guessed from
+            save(
+                f"{folder}/model",
+                loader_module="pipeline.inference",
+                data_path=str(path),
+                code_paths=[str(Path(__file__).parents[1] / package) for package in ("mdeq", "pipeline")],
+                mlflow_model=Model(logged.artifact_location, self.run_id, model_id=logged.model_id),
+                signature=signature,
+                input_example=pd.DataFrame({"path": ["photo.jpg"]}),
+                pip_requirements=packages,
+            )
+            self._client.log_model_artifacts(logged.model_id, f"{folder}/model")
+        self._client.finalize_logged_model(logged.model_id, "READY")
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+
     def _start_monitor(self, resumed: bool) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -282,8 +336,6 @@ class MlflowTracker:
 
 def open_store(machine: Machine) -> tuple[MlflowClient, str]:
     """A client of the store and the experiment's id; makes both when missing, one process at a time."""
-    from filelock import FileLock
-
     _quieten()
     from mlflow import MlflowClient
 
@@ -291,15 +343,54 @@ def open_store(machine: Machine) -> tuple[MlflowClient, str]:
     assert uri is not None, "tracking is off"
     local = uri.startswith("sqlite:///")
     name = machine.experiment
-    # two processes that create one sqlite store at once break it, and two that create one experiment collide
-    lock = FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
-    with lock:
+    with _alone(uri):
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return client, experiment.experiment_id
         where = (machine.root / "mlartifacts").as_uri() if local else None
-        return client, client.create_experiment(name, artifact_location=where)
+        return client, client.create_experiment(name, artifact_location=where, tags={"mlflow.note.content": NOTE})
+
+
+def _alone(uri: str) -> contextlib.AbstractContextManager[Any]:
+    """Two processes that create one sqlite store at once break it, and two that create one experiment collide."""
+    from filelock import FileLock
+
+    local = uri.startswith("sqlite:///")
+    return FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
+
+
+def _whole(client: MlflowClient, experiment: str, machine: Machine) -> str:
+    """The run that groups the stages of one DVC experiment, or of the workspace at one commit; made when missing."""
+    name = os.environ.get("DVC_EXP_NAME") or f"workspace {commit(machine.root)[:12]}"
+    with _alone(machine.tracking_uri or ""):
+        found = client.search_runs([experiment], f"tags.whole = '{name}'")
+        if found:
+            client.update_run(found[0].info.run_id, status="RUNNING")
+            return found[0].info.run_id
+        tags = {**_tags("pipeline", None, machine), "whole": name, "DVC_STAGE": ""}
+        return client.create_run(experiment, run_name=f"pipeline {name}", tags=tags).info.run_id
+
+
+def register(machine: Machine, run_id: str | None, name: str) -> str:
+    """Make the model of a run a new version of the registered model `name`; returns that version.
+
+    Raises:
+        StoreError: if the store does not answer or has no such model.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client, _ = open_store(machine)
+    try:
+        outputs = client.get_run(run_id).outputs if run_id else None
+        if outputs is None or not outputs.model_outputs:
+            raise StoreError(f"{name}: the store has no model of its run; run `python -m pipeline sync` first")
+        with contextlib.suppress(MlflowException):  # it is there
+            client.create_registered_model(name)
+        model = outputs.model_outputs[-1].model_id
+        return client.create_model_version(name, f"models:/{model}", run_id, model_id=model).version
+    except MlflowException as error:
+        raise StoreError(f"{name}: {_one_line(error)}; run `python -m pipeline sync` first") from None
 
 
 def lacking(machine: Machine, run_id: str | None, results: str) -> tuple[bool, str | None]:

@@ -58,7 +58,7 @@ class Trained:
 
     def announce(self, dataset: str, tracker: Tracker) -> None:
         """Tell a run what it builds on."""
-        tracker.dataset(dataset, str(self.facts["data/digest"]), str(self.facts["data/source"]))
+        tracker.dataset(dataset, str(self.facts["data/digest"]), str(self.facts["data/source"]), "evaluation")
         if self.training_run:
             tracker.tag("builds_on", self.training_run)
 

@@ -61,7 +61,9 @@ def test_help_is_instant_and_names_every_stage(tmp_path: Path) -> None:
     assert "MDEQ_DATA_CIFAR10" in done.stdout and "MLFLOW_TRACKING_URI" in done.stdout
 
 
-@pytest.mark.parametrize("command", [*params.STAGES, "show", "predict", "check", "schema", "difficulty", "sync", "ui"])
+@pytest.mark.parametrize(
+    "command", [*params.STAGES, "show", "predict", "register", "check", "schema", "difficulty", "sync", "ui"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     name = params.STAGES[command].command.split()[0] if command in params.STAGES else command
     result = invoke(f"{name} --help")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,12 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from pydantic import BaseModel
 
+from mdeq.baselines import ResNetConfig
 from pipeline import params, tracking
+from pipeline.checkpoints import Architecture, save_model
+from pipeline.inference import Predictor
 from pipeline.machine import Machine
 from pipeline.tracking import MlflowTracker, NullTracker
 
@@ -96,6 +105,67 @@ def test_a_stage_is_a_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> 
     assert [value.dataset.name for value in run.inputs.dataset_inputs] == ["cifar10"]
     assert len(history(machine, tracker.run_id, "loss/train")) == 5
     assert files(machine, tracker.run_id) == {"notes", "params.json"}
+
+
+def test_the_stages_of_an_experiment_lie_below_one_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_STAGE", "classify@x")
+    monkeypatch.setenv("DVC_EXP_NAME", "wide-kiss")
+    parents = []
+    for stage, error in (("classify", None), ("evaluate", ValueError("no"))):
+        with contextlib.suppress(ValueError), tracking.start(stage, "x", None, machine) as tracker:
+            parents.append(stored(machine, tracker.run_id).data.tags["mlflow.parentRunId"])
+            assert stored(machine, parents[-1]).info.status == "RUNNING"
+            if error:
+                raise error
+        assert stored(machine, parents[-1]).info.status == ("FAILED" if error else "FINISHED")
+    assert parents[0] == parents[1] and stored(machine, parents[0]).info.run_name == "pipeline wide-kiss"
+    monkeypatch.setenv("DVC_EXP_NAME", "tall-moss")
+    with tracking.start("classify", "x", None, machine) as tracker:
+        pass
+    assert stored(machine, tracker.run_id).data.tags["mlflow.parentRunId"] != parents[0]
+    monkeypatch.delenv("DVC_STAGE")
+    with tracking.start("classify", "x", None, machine) as tracker:
+        pass
+    assert "mlflow.parentRunId" not in stored(machine, tracker.run_id).data.tags
+
+
+def test_a_logged_model_predicts_from_files_wherever_it_is_loaded(machine: Machine, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = ["cat", "dog", "frog"]
+    architecture = Architecture(ResNetConfig(width=8), None, 3)
+    path = tmp_path / "classify" / "tiny" / "model.pt"
+    with tracking.start("classify", "tiny", None, machine) as tracker:
+        meta = {"stage": "classify", "model": "tiny", "names": names, "params": {}, "run_id": tracker.run_id}
+        save_model(path, architecture, architecture.build(), meta)
+        tracker.model(path, segments=False)
+    assert isinstance(tracker, MlflowTracker) and tracker.complete
+    assert tracking.register(machine, tracker.run_id, "things") == 1
+    assert tracking.register(machine, tracker.run_id, "things") == 2
+    photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])
+    code = (
+        "import sys, mlflow; mlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model('models:/things/2')\n"
+        "import pipeline; assert '/code/pipeline/' in pipeline.__file__, pipeline.__file__\n"
+        "assert model.metadata.signature.inputs.input_names() == ['path'] and model.input_example is not None\n"
+        "print(model.predict([{'path': sys.argv[2]}]).to_json())"
+    )
+    command = [sys.executable, "-c", code, machine.tracking_uri or "", str(tmp_path / "photo.png")]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MDEQ_DEVICE": "cpu"}
+    done = subprocess.run(command, cwd=elsewhere, env=clean, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    best = (predictor := Predictor(path, machine)).best(predictor(photo).value)
+    assert answer["classes"]["0"] == [name for name, _ in best]
+    assert answer["probabilities"]["0"] == pytest.approx([p for _, p in best], abs=1e-5)
+
+
+def test_what_was_not_tracked_cannot_be_registered(machine: Machine) -> None:
+    for run_id in (None, "0" * 32):
+        with pytest.raises(tracking.StoreError, match="things: .*; run `python -m pipeline sync` first"):
+            tracking.register(machine, run_id, "things")
 
 
 def test_more_params_than_a_batch_takes(machine: Machine) -> None:
