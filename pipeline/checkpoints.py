@@ -157,7 +157,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; run the stage that makes it") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch goes on to advise an unsafe way
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint")

@@ -8,6 +8,7 @@ stage ends, `sync` hands over from the stage's files.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import queue
@@ -378,10 +379,11 @@ def register(machine: Machine, run_id: str | None, name: str) -> str:
     Raises:
         StoreError: if the store does not answer or has no such model.
     """
+    _quieten()
     from mlflow.exceptions import MlflowException
 
-    client, _ = open_store(machine)
     try:
+        client, _ = open_store(machine)
         outputs = client.get_run(run_id).outputs if run_id else None
         if outputs is None or not outputs.model_outputs:
             raise StoreError(f"{name}: the store has no model of its run; run `python -m pipeline sync` first")
@@ -400,6 +402,7 @@ def lacking(machine: Machine, run_id: str | None, results: str) -> tuple[bool, s
         run_id: That the stage had, if any.
         results: The checksum of its metrics file, by which a run that was made of the files is found again.
     """
+    _quieten()
     from mlflow.exceptions import MlflowException
 
     try:
@@ -482,3 +485,4 @@ def _quieten() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])  # where MLflow is imported already

@@ -93,7 +93,9 @@ def _open(file: Path) -> dict:
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"{file}: damaged, or not a checkpoint ({str(error).splitlines()[0].split('. ')[0]})"
+        ) from error
 
 
 def _architecture(params: Section, classes: int) -> Architecture:
