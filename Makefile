@@ -34,7 +34,7 @@ repro: $(STAMP)  ## Run every stage that is not up to date, then print the resul
 
 repro-all: $(STAMP)  ## The same with params/all.yaml: a small instance of every system that the paper compares
 	@[ -e params.yaml.kept ] || cp params.yaml params.yaml.kept; trap 'mv params.yaml.kept params.yaml' EXIT; \
-	cp params/all.yaml params.yaml; python -m pipeline check; dvc repro; python -m pipeline show
+	cp params/all.yaml params.yaml; $(MAKE) --no-print-directory repro
 
 test: $(STAMP)  ## Run the tests
 	@python -m pytest $(ARGS)

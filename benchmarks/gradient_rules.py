@@ -28,7 +28,6 @@ from pipeline.training import cosine, evaluate, set_lr
 
 RULES = {
     "phantom": Phantom(1, 1.0),
-    "phantom-5": Phantom(5, 0.5),
     "implicit": Implicit(Gmres(8)),
     "reversible": Reversible(4, 0.5),
 }

@@ -40,8 +40,8 @@ def reversible(
         RuntimeError: in the backward pass, if f depends on tensors that its first call did not show.
     """
     with torch.no_grad(), _Dependencies() as seen:
-        f(z0)
-    return _Reversible.apply(f, z0, steps, damping, on_backward, *seen.tensors)  # type: ignore[return-value]
+        first = f(z0)
+    return _Reversible.apply(f, z0, first, steps, damping, on_backward, *seen.tensors)  # type: ignore[return-value]
 
 
 class _Dependencies(TorchFunctionMode):
@@ -72,6 +72,7 @@ class _Reversible(torch.autograd.Function):
         ctx: Any,
         f: Map,
         z0: Tensor,
+        first: Tensor,
         steps: int,
         damping: float,
         on_backward: Callable[[Solution], None] | None,
@@ -80,8 +81,8 @@ class _Reversible(torch.autograd.Function):
         ctx.f, ctx.steps, ctx.damping, ctx.on_backward = f, steps, damping, on_backward
         y = z = z0.double()
         relative, absolute = [], []
-        for _ in range(steps):
-            fz = f(z.to(z0.dtype)).double()
+        for step in range(steps):
+            fz = (f(z.to(z0.dtype)) if step else first).double()
             y, g = torch.lerp(y, fz, damping), fz - z
             _record(g, fz, relative, absolute)
             fy = f(y.to(z0.dtype)).double()
@@ -110,7 +111,7 @@ class _Reversible(torch.autograd.Function):
             y, dy, dz = (y - b * fz) / (1 - b), (1 - b) * dy, dz + dz_more
         if ctx.on_backward is not None:
             ctx.on_backward(_reconstruction(z, z0, size, ctx.steps))
-        return (None, None, None, None, None, *sums)
+        return (None, None, None, None, None, None, *sums)
 
 
 def _record(g: Tensor, fz: Tensor, relative: list[Tensor], absolute: list[Tensor]) -> None:

@@ -162,6 +162,7 @@ class EvaluateCityscapes(EvaluateParams):
 PREPARE = {"cifar10": PrepareCifar10, "imagenet": PrepareImageNet, "cityscapes": PrepareCityscapes}
 EVALUATE = {"cifar10": EvaluateParams, "imagenet": EvaluateParams, "cityscapes": EvaluateCityscapes}
 TRAINED_BY = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
+TRAINED_ON = {stage: dataset for dataset, stage in TRAINED_BY.items()}
 SOLVING = (*TRAINED_BY.values(), "convergence", "benchmark")
 
 

@@ -22,14 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdeq import Anderson, Broyden, FixedPoint, Gmres, Implicit, Network, Phantom, Reversible, jacobian
 from mdeq.losses import classification_loss, segmentation_loss
 from pipeline.checkpoints import Architecture
-from pipeline.params import TRAINED_BY, ParamsError, instances, load
+from pipeline.params import TRAINED_ON, ParamsError, instances, load
 from pipeline.train_params import FinetuneParams, PretrainParams, TrainParams
 from pipeline.training import Sgd, predict
 
 Solver = Broyden | Anderson | FixedPoint | Gmres
 NUMBER = 4  # bytes of a float32
 SIDE_BY_SIDE = 3  # models in a table
-SETS = {stage: dataset for dataset, stage in TRAINED_BY.items()}
 SIZES = {
     "cifar10": (50_000, 10),
     "imagenet": (1_281_167, 1000),
@@ -114,7 +113,7 @@ def plan(stage: str, name: str, path: Path, gpus: int = 1) -> Plan:
     """
     params = load(stage, name, path)
     assert isinstance(params, TrainParams)
-    samples, classes = _set(SETS[stage], path)
+    samples, classes = _set(TRAINED_ON[stage], path)
     batch = math.ceil(params.batch / (gpus * params.accumulate))
     with torch.device("meta"):
         model = Architecture(params.model, params.head, classes, params.forward, params.backward).build().train()
@@ -136,9 +135,9 @@ def tables(stage: str | None, name: str | None, path: Path, gpu: str, gpus: int,
     """
     if gpu not in GPUS:
         raise ParamsError(f"--gpu {gpu}: must be one of {', '.join(GPUS)}")
-    if stage is not None and stage not in SETS:
-        raise ParamsError(f"{stage}: does not train; must be one of {', '.join(SETS)}")
-    for each in [stage] if stage else SETS:
+    if stage is not None and stage not in TRAINED_ON:
+        raise ParamsError(f"{stage}: does not train; must be one of {', '.join(TRAINED_ON)}")
+    for each in [stage] if stage else TRAINED_ON:
         names = [name] if name else instances(each, path)
         caption = f"hours: {gpus} x {gpu} at {utilisation:.0%} of its peak, an assumption; one seed"
         for start in range(0, len(names), SIDE_BY_SIDE):
@@ -211,8 +210,8 @@ def _network(
             calls, products, whole, tapes = params.forward.steps + 2, rule.solver.steps, 1, 1
         case Phantom():
             calls, products, whole, tapes = params.forward.steps + 1 + rule.steps, 0, rule.steps, rule.steps
-        case Reversible():  # two a step, as many on the way back, and one that looks what f depends on
-            calls, products, whole, tapes = 4 * rule.steps + 1, 0, 2 * rule.steps, 1
+        case Reversible():  # two a step, as many on the way back
+            calls, products, whole, tapes = 4 * rule.steps, 0, 2 * rule.steps, 1
     around = stem.forward + stem.backward + head.forward + head.backward
     implicit = around + calls * one.forward + products * product + whole * one.backward
     layers, steps = (params.warm_up.layers, params.warm_up.steps) if params.warm_up else (0, 0)

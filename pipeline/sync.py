@@ -17,8 +17,6 @@ from pipeline import params, tracking
 from pipeline.data.manifest import checksum
 from pipeline.machine import Machine
 
-SETS = {stage: name for name, stage in params.TRAINED_BY.items()}
-
 
 def run(machine: Machine) -> Iterator[tuple[Path, bool]]:
     """Each stage's folder whose run was lacking, and whether all of it has arrived."""
@@ -41,8 +39,8 @@ def _hand_over(machine: Machine, file: Path, facts: dict[str, Any], run_id: str 
         for name in machine.describe().keys() & facts:
             tracker.tag(f"machine.{name}", str(facts[name]))
         if "data/digest" in facts:
-            name = SETS.get(stage) or str(instance).partition("-")[0]
-            context = "training" if stage in SETS else "evaluation"
+            name = params.TRAINED_ON.get(stage) or str(instance).partition("-")[0]
+            context = "training" if stage in params.TRAINED_ON else "evaluation"
             tracker.dataset(name, facts["data/digest"], facts["data/source"], context)
         step = 0
         for step, row in _log(file.with_name("log.csv"), several=len(facts.get("seeds", ())) > 1):

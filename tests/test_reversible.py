@@ -23,10 +23,12 @@ def test_the_gradient_is_that_of_the_steps_taken():
         z = (1 - damping) * z + damping * f(y)
     direction = torch.randn_like(z)
     expected = torch.autograd.grad((z * direction).sum(), tensors)
-    ours, solution = reversible(f, z0, steps, damping)
+    calls = []
+    ours, solution = reversible(lambda z: calls.append(1) or f(z), z0, steps, damping)
     torch.testing.assert_close(ours, z)
     torch.testing.assert_close(torch.autograd.grad((ours * direction).sum(), tensors), expected, rtol=1e-10, atol=1e-12)
     assert solution.nfe == 2 * steps == len(solution.trace)
+    assert len(calls) == 4 * steps  # there and back
     torch.testing.assert_close(solution.relative, (f(y) - y).norm(dim=1) / f(y).norm(dim=1))
 
 
