@@ -80,18 +80,25 @@ def _at_equal_residual(step: Step, columns: list[Column], probes: dict[str, Prob
     return found
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/benchmarks.md."""
+    lines = [
+        "| column | s | least | CPU s | f / passes | residual, forward / backward | solver's own ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        backward = "n/a" if row["backward_residual"] is None else f"{row['backward_residual']:.2g}"
+        lines.append(
+            f"| {row['name']} | {row['wall']:.2f} | {row['wall_min']:.2f} | {row['cpu']:.2f} | {row['evaluations']} / "
+            f"{row['passes']} | {row['forward_residual']:.2g} / {backward} | {row['own_ms']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def _print(facts: dict[str, Any], rows: list[dict[str, Any]], rounds: int) -> None:
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"{'wall s':>8} {'min':>7} {'x 1st':>6} {'cpu s':>7} {'clean':>6}", end="")
-    print(f" {'f calls':>8} {'passes':>7} {'f resid.':>9} {'b resid.':>9} {'own ms':>7}  column")
-    for row in rows:
-        backward = "n/a" if row["backward_residual"] is None else f"{row['backward_residual']:.4f}"
-        clean = f"{row['clean']}/{rounds}"
-        print(
-            f"{row['wall']:8.3f} {row['wall_min']:7.3f} {row['wall'] / rows[0]['wall']:6.2f} {row['cpu']:7.3f} "
-            f"{clean:>6} {row['evaluations']:8d} {row['passes']:7d} {row['forward_residual']:9.4f} {backward:>9} "
-            f"{row['own_ms']:7.2f}  {row['name']}"
-        )
+    print("clean samples: " + ", ".join(f"{row['clean']}/{rounds}" for row in rows))
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -206,3 +206,23 @@ def test_missing_images_are_said_in_one_line(options: list[str], tmp_path: Path)
     given[given.index("--size") + 1] = "32"
     with pytest.raises(SystemExit, match=r"test_batch: no such file; give --data FOLDER"):
         peers.main([*given, "--data", str(tmp_path)])
+
+
+def test_the_docs_say_what_was_measured() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "benchmarks.md").read_text(encoding="utf-8")
+    files = sorted((docs / "measured").glob("peers-*.json"))
+    assert len(files) == 3
+    for file in files:
+        assert peers.markdown(json.loads(file.read_text(encoding="utf-8"))["columns"]) in page
+    readme = (docs.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    rows = json.loads((docs / "measured/peers-mdeq-small.json").read_text(encoding="utf-8"))["columns"]
+    seconds = {row["name"]: row["wall"] for row in rows}
+    for peer, equal, same in (("torchdeq, Broyden implicit", 3.5, 1.8), ("authors' form, (U, V) Broyden", 3.7, 1.7)):
+        [ours_at_equal] = [wall for name, wall in seconds.items() if name.endswith(f"at the residuals of {peer}")]
+        assert round(seconds[peer] / ours_at_equal, 1) == equal
+        assert round(seconds[peer] / seconds["ours, Broyden / Broyden"], 1) == same
+        assert f"{equal} times" in readme and str(same) in readme
+    for model in ("mdeq-small", "imagenet-mdeq-small"):
+        for row in json.loads((docs / f"measured/memory-{model}.json").read_text(encoding="utf-8"))["columns"]:
+            assert f" {row['rise']:.0f} |" in page
