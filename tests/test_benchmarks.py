@@ -212,7 +212,7 @@ def test_the_docs_say_what_was_measured() -> None:
     docs = Path(__file__).parents[1] / "docs"
     page = (docs / "benchmarks.md").read_text(encoding="utf-8")
     files = sorted((docs / "measured").glob("peers-*.json"))
-    assert len(files) == 3
+    assert len(files) == 4
     for file in files:
         assert peers.markdown(json.loads(file.read_text(encoding="utf-8"))["columns"]) in page
     readme = (docs.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
