@@ -27,6 +27,9 @@ class Implicit:
     """The implicit gradient: solves the adjoint u = J^T u + dl/dz* (Eq. 4), once differentiable.
 
     Whatever the solver, its relative residual is measured against |dl/dz*|.
+
+    Args:
+        solver: Of the adjoint; the paper's is Broyden's method, `Gmres` is made for linear systems.
     """
 
     solver: Broyden | Anderson | FixedPoint | Gmres = Broyden(steps=20)
@@ -35,9 +38,13 @@ class Implicit:
 
 @dataclass(frozen=True)
 class Phantom:
-    """The phantom gradient: back-propagation through `steps` damped applications of f at the solution.
+    """The phantom gradient (Geng et al., NeurIPS 2021): back-propagation through damped applications of f at z*.
 
-    One step with damping 1 is the Jacobian-free gradient.
+    One step with damping 1 is the Jacobian-free gradient (Fung et al., AAAI 2022).
+
+    Args:
+        steps: Applications, all on the tape.
+        damping: Weight of f in each.
     """
 
     steps: int = 5
@@ -91,7 +98,10 @@ def equilibrium(
         at_once: Solve that many samples at a time, for which f must be a `BatchMap`; None for the whole batch.
 
     Returns:
-        Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*; and the forward solution.
+        Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*, (B, D); the forward solution.
+
+    Raises:
+        TypeError: `at_once` is given, and f is no `BatchMap`.
     """
     if at_once is None or at_once >= len(z0):
         return _equilibrium(f, z0, forward, backward, on_backward)

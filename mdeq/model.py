@@ -43,6 +43,9 @@ class MDEQConfig:
         batch_norm_momentum: Of stem and head.
         train_output: What the head reads in training: `f(z*)` as published, or `z*`. In evaluation always z*.
         unrolled: Apply f that many times from 0 instead of solving, always: an explicit, weight-tied network (Table 2).
+
+    Raises:
+        ValueError: The channels are none or not divisible, or a number is out of its range.
     """
 
     channels: tuple[int, ...] = (24, 24)
@@ -98,6 +101,10 @@ class MDEQ(nn.Module):
         config: The architecture.
         forward_solver: Finds z*.
         backward: Differentiates it.
+
+    Attributes:
+        on_backward: Called with the adjoint's solution in each backward pass; see `equilibrium`.
+        f: The transformation f_theta (Fig. 1).
     """
 
     def __init__(
@@ -147,6 +154,9 @@ class MDEQ(nn.Module):
             unroll_steps: Apply f that many times from z0 instead of solving (the warm-up).
             softplus: Curvature of the softplus that replaces the last ReLUs of f in the initial phase; None for ReLU.
             jacobian_probes: Estimate the Jacobian regulariser with that many probes.
+
+        Raises:
+            ValueError: `z0` is not a state of such images.
         """
         f, zero, scales = self.fixed_point_problem(image, softplus=softplus)
         if z0 is None:
@@ -189,7 +199,15 @@ class MDEQ(nn.Module):
 
 
 class Network(nn.Module):
-    """An MDEQ and a head."""
+    """An MDEQ and a head: images (B, 3, H, W) to logits, (B, classes) or (B, classes, H_1, W_1) by the head's kind.
+
+    Args:
+        config: The architecture of the backbone.
+        head: Its kind decides the task, classification or segmentation.
+        classes: Of the logits.
+        forward_solver: Finds z*.
+        backward: Differentiates it.
+    """
 
     def __init__(
         self,

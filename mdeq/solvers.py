@@ -57,7 +57,7 @@ class Solution:
 
 
 class Solver(Protocol):
-    """Finds z = f(z) from `z0`; `scale` (B,) replaces |f(z)| as the measure of the relative residual."""
+    """Finds z = f(z) from `z0` (B, D); `scale` (B,) replaces |f(z)| as the measure of the relative residual."""
 
     def __call__(self, f: Map, z0: Tensor, scale: Tensor | None = None) -> Solution: ...
 
@@ -152,6 +152,8 @@ class _StepHistory:
 class Anderson:
     """Anderson acceleration: the affine combination of the last `memory` iterates of smallest predicted residual.
 
+    In the form of Walker and Ni (SIAM J. Numer. Anal. 49, 2011). Keeps two (B, memory, D) tensors.
+
     Args:
         steps: The limit on updates.
         tolerance: A sample whose residual is at most this stops.
@@ -204,7 +206,7 @@ class Anderson:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Plain iteration z <- (1 - damping) z + damping f(z), the paper's comparison in Figure 5.
+    """Plain iteration z <- (1 - damping) z + damping f(z), with damping 1 Eq. 1: the paper's comparison in Figure 5.
 
     Args:
         steps: The limit on updates.
@@ -247,10 +249,11 @@ def _iterate(
 
 @dataclass(frozen=True)
 class Gmres:
-    """GMRES for the adjoint u = A u + b (Eq. 4 transposed): minimises |b - (I - A) u| over the Krylov space.
+    """GMRES (Saad and Schultz, SIAM J. Sci. Stat. Comput. 7, 1986) for the adjoint u = A u + b (Eq. 4 transposed).
 
-    Called with the product v -> A v and b, and starting from u = 0; its residual never grows. `relative` and the trace
-    are measured against |b|.
+    Minimises |b - (I - A) u| over the Krylov space, from u = 0: its residual never grows. Called with the product
+    v -> A v, (B, D) -> (B, D), and b (B, D); keeps a (B, steps + 1, D) basis. `relative` and the trace are measured
+    against |b|; `nfe` counts the products.
 
     Args:
         steps: The limit on products with A.
