@@ -1,11 +1,13 @@
-"""Gradient rules judged by what training with them reaches: accuracy and residual against CPU time, on CIFAR-10.
+"""Models and gradient rules judged by what a CPU budget makes of them: accuracy and residual against time, CIFAR-10.
 
-    python -m benchmarks.gradient_rules train --data ~/cifar10 --rule implicit --jacobian 0.3 --budget 1500 --out runs
-    python -m benchmarks.gradient_rules draw runs/*.json --out docs/gradient_rules.svg
+    python -m benchmarks.budget train --data ~/cifar10 --rule implicit --jacobian 0.3 --budget 1500 --out runs
+    python -m benchmarks.budget train --data ~/cifar10 --model anode --budget 1500 --out runs
+    python -m benchmarks.budget draw runs/*.json --out docs/gradient_rules.svg
 
-Each run trains MDEQ-small from the same weights on the same batches for `--budget` CPU seconds of the training process,
-with Adam and a cosine over that budget. Every so often, outside the budget, the first test images are solved with
-Broyden, 17 updates (18 evaluations of f), never unrolled. A run that is stopped goes on where it last measured.
+Each run trains a model of Table 1 with 170K parameters on the same batches for `--budget` CPU seconds of the training
+process, with Adam and a cosine over that budget. Every so often, outside the budget, the first test images are
+classified; an equilibrium is then solved with Broyden, 17 updates (18 evaluations of f), never unrolled. A run that is
+stopped goes on where it last measured.
 """
 
 from __future__ import annotations
@@ -19,13 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, Phantom, Reversible
+from mdeq.baselines import BaselineConfig, NeuralODEConfig, ResNetConfig, build
 from pipeline.data.cifar10 import BATCHES, CLASSES, FOLDER, Cifar10, images_and_labels
 from pipeline.data.loading import batches
 from pipeline.metrics import TopK
 from pipeline.training import cosine, evaluate, set_lr
 
+EQUILIBRIUM = {
+    "mdeq-small": (MDEQConfig(), ClassificationHeadConfig((8, 16), 200)),
+    "single-stream": (MDEQConfig(channels=(40,)), ClassificationHeadConfig((8,), 100)),
+}
+OTHERS: dict[str, BaselineConfig] = {"resnet18-small": ResNetConfig(8), "anode": NeuralODEConfig(64, augmented=10)}
 RULES = {
     "phantom": Phantom(1, 1.0),
     "implicit": Implicit(Gmres(8)),
@@ -37,16 +46,10 @@ def train(arguments: argparse.Namespace) -> None:
     """One run: trains, measures, writes its curve and the state it can go on from."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    name = f"{arguments.rule}-{arguments.jacobian:g}"
+    name = _name(arguments)
     curve, state = arguments.out / f"{name}.json", arguments.out / f"{name}.pt"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    network = Network(
-        MDEQConfig(),
-        ClassificationHeadConfig((8, 16), 200),
-        len(CLASSES),
-        Broyden(arguments.steps),
-        RULES[arguments.rule],
-    )
+    network = _model(arguments)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=2.5e-6)
     spent, step, rows = 0.0, 0, []
     if state.exists():
@@ -55,19 +58,19 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         spent, step, rows = saved["spent"], saved["step"], json.loads(curve.read_text())["rows"]
     data, test = _open(arguments.data, "train"), _open(arguments.data, "test", arguments.test_images)
-    per_epoch = len(data) // arguments.batch
+    per_epoch = -(-len(data) // arguments.batch)
     due = arguments.every * (len(rows) + 1)
     while spent < arguments.budget:
         network.train()
         epoch, start = divmod(step, per_epoch)
-        loader = batches(data, arguments.batch, seed=0, epoch=epoch, shuffle=True, start=start, drop_last=True)
+        loader = batches(data, arguments.batch, seed=0, epoch=epoch, shuffle=True, start=start)
         for images, targets in loader:
             began = time.process_time()
             torch.manual_seed(step)
             set_lr(optimizer, cosine(1e-3, int(spent), int(arguments.budget) + 1))
             with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16):
                 penalised = arguments.jacobian > 0 and float(torch.rand(())) < 0.1
-                prediction = network(images, jacobian_probes=int(penalised))
+                prediction = network(images, jacobian_probes=1) if penalised else network(images)
                 loss = F.cross_entropy(prediction.logits, targets)
             if penalised:
                 loss = loss + arguments.jacobian * prediction.equilibrium.jacobian
@@ -90,8 +93,22 @@ def train(arguments: argparse.Namespace) -> None:
         state.with_suffix(".new").replace(state)
 
 
-def _measure(network: Network, test: Cifar10) -> dict[str, float]:
-    """Accuracy and mean relative residual after 18 evaluations, in float32."""
+def _name(arguments: argparse.Namespace) -> str:
+    model = "" if arguments.model == "mdeq-small" else f"{arguments.model}-"
+    return arguments.model if arguments.model in OTHERS else f"{model}{arguments.rule}-{arguments.jacobian:g}"
+
+
+def _model(arguments: argparse.Namespace) -> nn.Module:
+    if arguments.model in OTHERS:
+        return build(OTHERS[arguments.model], len(CLASSES))
+    model, head = EQUILIBRIUM[arguments.model]
+    return Network(model, head, len(CLASSES), Broyden(arguments.steps), RULES[arguments.rule])
+
+
+def _measure(network: nn.Module, test: Cifar10) -> dict[str, float]:
+    """Accuracy, and of an equilibrium the mean relative residual after 18 evaluations, in float32."""
+    if not isinstance(network, Network):
+        return {"top1": evaluate(network, test, TopK(len(CLASSES)), batch=100, device="cpu", workers=0)["eval/top1"]}
     solver = network.backbone.forward_solver
     network.backbone.forward_solver = replace(solver, steps=17)
     values = evaluate(network, test, TopK(len(CLASSES)), batch=100, device="cpu", workers=0)
@@ -111,15 +128,19 @@ def draw(arguments: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     figure, (top, bottom) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    rules = list(RULES)
+    rules, models = list(RULES), [*EQUILIBRIUM, *OTHERS]
     for file in arguments.curves:
         content = json.loads(file.read_text())
-        rule, weight = content["settings"]["rule"], content["settings"]["jacobian"]
+        settings = content["settings"]
+        model, rule, weight = settings.get("model", "mdeq-small"), settings["rule"], settings["jacobian"]
         style = {"color": f"C{rules.index(rule)}", "linestyle": "-" if weight else "--"}
         label = f"{rule}, Jacobian term {weight:g}" if weight else f"{rule}, no Jacobian term"
+        if model != "mdeq-small":
+            style, label = {"color": f"C{3 + models.index(model)}"}, model
         minutes = [row["seconds"] / 60 for row in content["rows"]]
         top.plot(minutes, [row["top1"] for row in content["rows"]], label=label, **style)
-        bottom.semilogy(minutes, [row["residual"] for row in content["rows"]], **style)
+        if "residual" in content["rows"][0]:
+            bottom.semilogy(minutes, [row["residual"] for row in content["rows"]], **style)
     top.set(xlabel="CPU minutes of training", ylabel="test accuracy, %")
     bottom.set(xlabel="CPU minutes of training", ylabel="relative residual after 18 evaluations")
     top.legend(frameon=False, fontsize=8)
@@ -134,7 +155,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train", help="one run")
     training.add_argument("--data", type=Path, required=True, help=f"the folder that holds {FOLDER}")
-    training.add_argument("--rule", choices=RULES, required=True)
+    training.add_argument("--model", choices=[*EQUILIBRIUM, *OTHERS], default="mdeq-small")
+    training.add_argument("--rule", choices=RULES, default="phantom", help="of an equilibrium model")
     training.add_argument("--jacobian", type=float, default=0.0, help="weight of the Jacobian term, probability 0.1")
     training.add_argument("--steps", type=int, default=5, help="updates of the forward solver, Broyden")
     training.add_argument("--batch", type=int, default=64)
