@@ -27,11 +27,15 @@ BLUE, YELLOW, GREEN, RED, PURPLE, GREY = "#2f7fd1", "#e0a100", "#2f9e77", "#d149
 CYCLE = (BLUE, RED, GREEN, PURPLE, YELLOW, GREY, "#1aa3a3", "#7a4b2a", "#e07bb5", "#4a5bd0")
 SOLVER_COLOURS = {"broyden": BLUE, "fixed_point": YELLOW, "anderson": GREEN}
 SOLVER_NAMES = {"broyden": "Broyden", "fixed_point": "iterating f", "anderson": "Anderson"}
-INK = "#1b1f23"
+INK, DARK = "#1b1f23", "#1c2024"  # the page's ink; what stays dark on a dark page
 LOSS = "loss/train_epoch"
 _MEASURES = {"top1": BLUE, "top5": GREEN, "miou": BLUE, "pixel_accuracy": GREEN}
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f9fd", "#a9cbed", "#2f7fd1", "#123b66"])
 
+_SCHEMES = (
+    f"<style>:root {{ color: {INK}; background: #ffffff }} "
+    "@media (prefers-color-scheme: dark) { :root { color: #e6e9ed; background: #171b21 } }</style>"
+)
 _SETTINGS: dict[str, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -78,31 +82,34 @@ class Drawn:
     caption: str
 
 
-def save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write ``figure`` on white to ``path`` (.png or .svg); the same figure gives the same bytes."""
+def save(figure: Figure, path: Path) -> None:
+    """Write ``figure`` to ``path``: .png on white, .svg as its viewer's scheme is; one figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with _style({"svg.hashsalt": path.stem}):
-        figure.savefig(path, dpi=dpi, facecolor="white", metadata=metadata)
+    if path.suffix == ".svg":
+        head, rest = _svg(figure, path.stem).split(">", 1)
+        path.write_text(f"{head}>\n{_SCHEMES}{rest}", encoding="utf-8")
+        return
+    with _style():
+        figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
 
 
-def inline_svg(figure: Figure, title: str) -> str:
-    """``figure`` as SVG for a page: transparent, the ink in the page's text colour, scaled to its box."""
+def inline_svg(figure: Figure, name: str) -> str:
+    """``figure`` for a page, in the page's text colour, scaled to its box; ``name`` is unique there."""
+    return re.sub(r' (width|height)="[^"]*pt"', "", _svg(figure, name), count=2)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Markup without a background, whose ink is the colour of the text around; ids begin with ``name``."""
     buffer = io.StringIO()
-    with _style({"svg.hashsalt": title}):
+    with _style({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :].replace(INK, "currentColor")
+    markup = markup.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
     markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.S)
-    markup = re.sub(r"font: ([^;\"]*?)'[^\"]*?sans-serif", r"font: \1inherit-family", markup)
-    markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img" aria-label="' + title + '"', markup, count=1)
-    # ids are unique within one figure only; a page holds several
-    prefix = re.sub(r"\W+", "-", title.lower())
-    markup = re.sub(r'\bid="', f'id="{prefix}-', markup)
-    markup = markup.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    # matplotlib names its own fonts; the page's read better beside its text
-    return markup.replace("inherit-family", "system-ui, sans-serif")
+    # matplotlib names its own fonts; a reader's own look better
+    markup = re.sub(r"font: ([^;\"]*?)'[^\"]*?sans-serif", r"font: \1system-ui, sans-serif", markup)
+    return re.sub(r'\bid="|href="#|url\(#', lambda found: f"{found[0]}{name}-", markup)
 
 
 def training_curves(history: pd.DataFrame, title: str) -> Figure:
@@ -234,6 +241,91 @@ def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def overview(
+    image: np.ndarray,
+    truth: np.ndarray,
+    looks: Mapping[int, tuple[Sequence[np.ndarray], np.ndarray]],
+    residuals: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    colours: np.ndarray,
+) -> Figure:
+    """What an equilibrium model does: z on the way to z*, what is answered there, and below it the residuals.
+
+    Args:
+        image: (H, W, 3) in 0..1.
+        truth: The class, () or (H, W).
+        looks: At some evaluations of f z of each scale (H_i, W_i, C_i), probabilities (classes,) or (classes, H, W).
+        residuals: Of each solver, by evaluation; the looks are the first one's.
+        names: Of the classes.
+        colours: (classes, 3) uint8, of pixels' classes.
+    """
+    wide, gap, left, below = 2.0, 0.12, 0.7, 2.0
+    tall = wide * image.shape[0] / image.shape[1]
+    top, answer = 0.32, tall if truth.ndim else 0.7
+    lower = top + 1.5 * tall + gap + 0.32  # where the answers begin
+    size = left + (1 + len(looks)) * (wide + gap), lower + answer + below
+    bases = [principal(z) for z in looks[max(looks)][0]]
+    with _style({"axes.titlesize": 9.5}):
+        figure = Figure(figsize=size)
+
+        def place(column: float, y: float, w: float, h: float) -> Axes:
+            x = left + column * (wide + gap)
+            return figure.add_axes((x / size[0], 1 - (y + h) / size[1], w / size[0], h / size[1]))
+
+        def show(picture: np.ndarray, *box: float, title: str = "") -> None:
+            axes = place(*box)
+            axes.imshow(picture, interpolation="none", aspect="auto")
+            axes.set_title(title)
+            axes.set_axis_off()
+
+        show(image, 0, top, wide, tall, title="image x")
+        middle = (left + wide / 2) / size[0], 1 - (top + 1.25 * tall + gap / 2) / size[1]
+        figure.text(*middle, "z* = f(z*, x)", ha="center", va="center", fontsize=14, style="italic")
+        for column, (evaluation, (scales, share)) in enumerate(looks.items(), 1):
+            show(coloured(scales[0], bases[0]), column, top, wide, tall, title=f"z after {evaluation} evaluations")
+            x = float(column)
+            for i in range(1, len(scales)):
+                show(coloured(scales[i], bases[i]), x, top + tall + gap / 2, wide / 2**i, tall / 2**i)
+                x += (wide / 2**i + gap / 2) / (wide + gap)
+            if truth.ndim:
+                show(colours[share.argmax(0)], column, lower, wide, answer, title="what it answers")
+            else:
+                _answers(place(column, lower, wide, answer), share, int(truth), names)
+        if truth.ndim:
+            show(_palette(colours)[truth], 0, lower, wide, answer, title="the truth")
+        # an octave is as wide as a column, so that each look stands above its evaluation
+        axes, half = place(0, lower + answer + 0.22, size[0] - left - gap, below - 0.67), wide / (wide + gap) / 2
+        for solver, curve in residuals.items():
+            colour, label = SOLVER_COLOURS.get(solver, GREY), SOLVER_NAMES.get(solver, solver)
+            axes.plot(range(1, len(curve) + 1), curve, color=colour, label=label)
+        first = next(iter(residuals))
+        seen = [residuals[first][evaluation - 1] for evaluation in looks]
+        axes.plot(list(looks), seen, "o", color=SOLVER_COLOURS.get(first, GREY), markersize=5)
+        axes.set_yscale("log")
+        axes.set_xscale("log", base=2)
+        axes.set(xlim=(2**-half, max(looks) * 2**half), xlabel="evaluations of f", ylabel="|f(z) - z| / |f(z)|")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend(loc="lower left")
+    return figure
+
+
+def principal(z: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of a feature map (H, W, C): its mean, three principal directions (C, 3), lowest and spread without outliers."""
+    flat = z.reshape(-1, z.shape[-1])
+    found = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][:3].T
+    directions = np.pad(found, ((0, 0), (0, 3 - found.shape[1])))  # few pixels or channels span fewer
+    low, high = np.percentile((flat - flat.mean(0)) @ directions, (2, 98), axis=0)
+    return flat.mean(0), directions, low, np.maximum(high - low, 1e-3 * (high - low).max() + 1e-12)
+
+
+def coloured(z: np.ndarray, base: tuple[np.ndarray, ...]) -> np.ndarray:
+    """``z`` (H, W, C) as RGB (H, W, 3): the first direction is brightness, the next two are hue (YCbCr)."""
+    mean, directions, low, spread = base
+    light, blue, red = np.moveaxis(((z - mean) @ directions - low) / spread, -1, 0)
+    light, blue, red = 0.15 + 0.7 * light, 0.45 * (blue - 0.5), 0.45 * (red - 0.5)
+    return np.clip(np.stack([light + 1.402 * red, light - 0.344 * blue - 0.714 * red, light + 1.772 * blue], -1), 0, 1)
+
+
 def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory: str) -> Figure:
     """Figure 4b: bars of time and memory of a training step, relative to ``reference``; ``memory`` says of
     what.
@@ -276,7 +368,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
             axes.set_yticks(range(len(names)), names)
             for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
                 value = share[row, column]
-                ink = "white" if value > 0.45 else INK
+                ink = "white" if value > 0.45 else DARK
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
         axes.tick_params(length=0)
         axes.set(xlabel="predicted", ylabel="true", title=title)
@@ -334,7 +426,7 @@ def segmented(
         grid = figure.subplots(rows, 4, squeeze=False)
         for row, (image, truth, guess) in enumerate(zip(images, truths, predictions, strict=True)):
             void = truth == 255
-            palette = np.vstack([colours, np.zeros((256 - len(colours), 3), dtype=np.uint8)])
+            palette = _palette(colours)
             grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2) * 0.55 + 0.35
             errors = grey.copy()
             errors[(truth != guess) & ~void] = np.array([0.86, 0.20, 0.24])
@@ -351,6 +443,11 @@ def segmented(
             axes.set_title(name, fontsize=9)
         _legend(figure, present, names, colours)
     return figure
+
+
+def _palette(colours: np.ndarray) -> np.ndarray:
+    """Of all bytes the colour, black beyond the classes."""
+    return np.vstack([colours, np.zeros((256 - len(colours), 3), dtype=np.uint8)])
 
 
 def strip(
@@ -422,8 +519,8 @@ def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[
     axes.barh(place, [1] * len(best), color="#eef0f3", height=0.86)
     axes.barh(place, probabilities[best], color=["#86cdae" if k == truth else "#eeb0b8" for k in best], height=0.86)
     for where, label in zip(place, best, strict=True):
-        axes.text(0.03, where, _short(names[label], 14), va="center", fontsize=7, color=INK)
-        axes.text(0.97, where, f"{100 * probabilities[label]:.0f}", va="center", ha="right", fontsize=7, color=INK)
+        axes.text(0.03, where, _short(names[label], 14), va="center", fontsize=7, color=DARK)
+        axes.text(0.97, where, f"{100 * probabilities[label]:.0f}", va="center", ha="right", fontsize=7, color=DARK)
     axes.set(xlim=(0, 1), ylim=(-len(best) + 0.5, 0.5), xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mdeq.solvers import Broyden, FixedPoint
+from pipeline import figures
 from pipeline.data.manifest import DataError
 from pipeline.stages import convergence
 
@@ -112,3 +113,24 @@ def test_random_batches_repeat_with_the_seed_and_never_share_a_sample() -> None:
     assert sorted(first) == list(range(20))
     with pytest.raises(DataError, match="5 batches of 5"):
         list(convergence._random_batches(Split(), 5, 5, 0))
+
+
+def test_each_look_of_the_overview_stands_above_its_evaluation() -> None:
+    rng = np.random.default_rng(0)
+    looks = {k: ([rng.random((8, 16, 4)), rng.random((1, 1, 6))], rng.random((3, 16, 32))) for k in (2, 4, 8)}
+    photo, truth, curve = rng.random((16, 32, 3)), np.zeros((16, 32), np.uint8), [0.5**k for k in range(9)]
+    drawn = figures.overview(photo, truth, looks, {"broyden": curve}, "abc", np.eye(3, dtype=np.uint8))
+    columns = {axes.get_title("left"): axes.get_window_extent().get_points()[:, 0].mean() for axes in drawn.axes}
+    for evaluation in looks:
+        dot = drawn.axes[-1].transData.transform((evaluation, curve[evaluation - 1]))
+        assert dot[0] == pytest.approx(columns[f"z after {evaluation} evaluations"], abs=0.5)
+
+
+def test_z_is_coloured_alike_wherever_it_is_alike() -> None:
+    """Two maps with one value each side: the principal direction tells them apart, whatever the scale of z."""
+    z = np.zeros((4, 6, 5))
+    z[:, 3:] = [1, 2, 0, -1, 3]
+    for factor in (1e-3, 1e3):
+        colour = figures.coloured(factor * z, figures.principal(factor * z))
+        assert np.allclose(colour[:, :3], colour[0, 0]) and np.allclose(colour[:, 3:], colour[0, 3])
+        assert abs(colour[0, 0] - colour[0, 3]).max() > 0.5

@@ -16,20 +16,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
 
+from mdeq.heads import resize
 from mdeq.model import MDEQ, ForwardSolver, Network
 from mdeq.solvers import Map
 from pipeline import figures, tracking
+from pipeline.data import cityscapes
 from pipeline.data.loading import BatchDataset, Keys
 from pipeline.data.manifest import DataError
 from pipeline.machine import Machine
 from pipeline.params import ConvergenceParams
-from pipeline.trained import load
+from pipeline.trained import Trained, load
 
 LEVELS = (1e-1, 1e-2, 1e-3)
 """Residuals for which the metrics say after how many evaluations their mean was first below."""
+LOOKS = (2, 4, 8, 16)
+"""Evaluations of f at which the overview looks at z."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
         for name in ("figure5.png", "figure5.svg"):
             figures.save(figure, out / name)
             tracker.artifact(out / name)
+        figures.save(overview(trained, params, machine.device), out / "overview.svg")
+        tracker.artifact(out / "overview.svg")
         facts = {"model": params.model, "batches": params.batches, "batch": params.batch, "seed": params.seed}
         record = values | facts | trained.facts | {"run": tracker.run_id or ""}
         (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -124,6 +131,30 @@ def measure(backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, devi
             traced = trace(f, z0, solver, params.steps, scales.lengths)
             parts.append(_rows(traced, solver.kind, number))
     return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def overview(trained: Trained, params: ConvergenceParams, device: str) -> Figure:
+    """The split's last sample: z and the answer it gives on the first solver's way, the residuals of all."""
+    network: Any = trained.network
+    images, targets = trained.split[Keys(0, [len(trained.split) - 1])]
+    f, z0, scales = network.backbone.fixed_point_problem(images.to(device))
+    states: list[Tensor] = []
+
+    def watched(z: Tensor) -> Tensor:
+        states.append(z.clone())
+        return f(z)
+
+    traces = {s.kind: trace(watched, z0, s, params.steps, scales.lengths) for s in params.solvers}
+    residuals = {kind: traced.residual[:, 0].tolist() for kind, traced in traces.items()}
+    looks = {}
+    for evaluation in sorted({min(look, len(next(iter(residuals.values())))) for look in LOOKS}):
+        parts = scales.split(states[evaluation - 1])
+        logits = network.head(parts)
+        share = (resize(logits, targets.shape[1:]) if targets.ndim == 3 else logits).softmax(1)
+        looks[evaluation] = [part[0].permute(1, 2, 0).cpu().numpy() for part in parts], share[0].cpu().numpy()
+    photo, truth = trained.picture(images[0]), targets[0].numpy()
+    return figures.overview(photo, truth, looks, residuals, trained.names, cityscapes.colours())
 
 
 def summarise(table: pd.DataFrame) -> dict[str, float]:
