@@ -1,7 +1,7 @@
 """The residual block (Fig. 2, Eq. 5), and Sec. 3.3: weight normalisation, variational dropout, softplus.
 
 What stays fixed during a solve is computed once: `bind` gives a function of z alone that holds the effective weights,
-the dropout mask and the injection.
+the dropout mask and the injection. Bound under no_grad, it holds them as constants: its tape is z's alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Features = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, C', H', W')
+Block = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # of z, the injection and a mask (B, C, 1, 1)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """The tensor, cut off from what it came from unless gradients are enabled."""
+    return tensor if torch.is_grad_enabled() else tensor.detach()
 
 
 class Convolution(nn.Module):
@@ -40,8 +46,19 @@ class Convolution(nn.Module):
 
     def bind(self) -> Features:
         """The convolution with its effective weight computed."""
-        weight = self.weight()
+        weight = held(self.weight())
         return lambda x: F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation inside f."""
+
+    def bind(self) -> Features:
+        """The norm with its scale and shift at hand."""
+        if not self.affine:
+            return lambda x: F.group_norm(x, self.num_groups, eps=self.eps)
+        weight, bias = held(self.weight), held(self.bias)
+        return lambda x: F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def dropout_mask(like: Tensor, channels: int, p: float) -> Tensor:
@@ -74,26 +91,30 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.channels, self.dropout, self.variational = channels, dropout, variational
         self.conv1 = Convolution(channels, expansion * channels, 3, weight_norm=weight_norm)
-        self.norm1 = nn.GroupNorm(groups, expansion * channels)
+        self.norm1 = GroupNorm(groups, expansion * channels)
         self.conv2 = Convolution(expansion * channels, channels, 3, weight_norm=weight_norm)
-        self.norm2 = nn.GroupNorm(groups, channels)
-        self.norm3 = nn.GroupNorm(groups, channels)
+        self.norm2 = GroupNorm(groups, channels)
+        self.norm3 = GroupNorm(groups, channels)
 
-    def bind(self, x: Tensor, *, inject: bool, softplus: float | None) -> Callable[[Tensor, slice], Tensor]:
-        """The block for the batch of injection `x` (B, C_1, H, W), which it adds where `inject`.
+    def draw(self, like: Tensor) -> Tensor | None:
+        """The mask of a whole solve for the batch `like`; None without dropout, or if each evaluation draws its own."""
+        drawn = self.training and self.dropout > 0 and self.variational
+        return dropout_mask(like, self.channels, self.dropout) if drawn else None
 
-        It is a function of z and of the rows of the batch that z belongs to.
-        """
+    def bind(self, softplus: float | None) -> Block:
+        """The block with its weights at hand."""
         conv1, conv2, last = self.conv1.bind(), self.conv2.bind(), rectifier(softplus)
-        dropping = self.training and self.dropout > 0
-        fixed = dropout_mask(x, self.channels, self.dropout) if dropping and self.variational else None
+        norm1, norm2, norm3 = self.norm1.bind(), self.norm2.bind(), self.norm3.bind()
+        anew = self.training and self.dropout > 0 and not self.variational
 
-        def block(z: Tensor, rows: slice) -> Tensor:
-            hidden = conv2(self.norm1(conv1(z)).relu_())
-            if dropping:
-                hidden = hidden * (dropout_mask(z, self.channels, self.dropout) if fixed is None else fixed[rows])
-            if inject:
-                hidden = hidden + x[rows]
-            return self.norm3(last(self.norm2(hidden) + z))
+        def block(z: Tensor, injection: Tensor | None, mask: Tensor | None) -> Tensor:
+            hidden = conv2(norm1(conv1(z)).relu_())
+            if anew:
+                mask = dropout_mask(z, self.channels, self.dropout)
+            if mask is not None:
+                hidden = hidden * mask
+            if injection is not None:
+                hidden = hidden + injection
+            return norm3(last(norm2(hidden) + z))
 
         return block

@@ -9,6 +9,7 @@ those few, and on a CPU their features stay in the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -86,6 +87,7 @@ def equilibrium(
     backward: Implicit | Phantom | Reversible,
     on_backward: Callable[[Solution], None] | None = None,
     at_once: int | None = None,
+    fast: Map | BatchMap | None = None,
 ) -> tuple[Tensor, Solution]:
     """The equilibrium of f from `z0` (B, D), differentiable in all that f depends on.
 
@@ -95,7 +97,10 @@ def equilibrium(
         forward: Solves z = f(z).
         backward: How the solution is differentiated.
         on_backward: Called with the adjoint's solution in each backward pass through `Implicit` or `Reversible`.
-        at_once: Solve that many samples at a time, for which f must be a `BatchMap`; None for the whole batch.
+        at_once: Solve at most that many samples at a time, for which f must be a `BatchMap`; None for the whole batch.
+
+        fast: f once more for the solvers alone, forward and adjoint: compiled perhaps, or with its parameters detached.
+            f itself is then evaluated only for the tape.
 
     Returns:
         Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*, (B, D); the forward solution.
@@ -104,10 +109,11 @@ def equilibrium(
         TypeError: `at_once` is given, and f is no `BatchMap`.
     """
     if at_once is None or at_once >= len(z0):
-        return _equilibrium(f, z0, forward, backward, on_backward)
-    if not isinstance(f, BatchMap):
+        return _equilibrium(f, z0, forward, backward, on_backward, fast)
+    if not isinstance(f, BatchMap) or not isinstance(fast, BatchMap | None):
         raise TypeError("at_once: f has no `rows`, so it cannot be solved a few samples at a time")
-    rows = [slice(start, start + at_once) for start in range(0, len(z0), at_once)]
+    even = math.ceil(len(z0) / math.ceil(len(z0) / at_once))  # parts of one size
+    rows = [slice(start, start + even) for start in range(0, len(z0), even)]
     adjoints: dict[int, Solution] = {}
 
     def collect(i: int, part: Solution) -> None:
@@ -116,7 +122,8 @@ def equilibrium(
             on_backward(Solution.joined([adjoints.pop(i) for i in range(len(rows))]))
 
     parts = [
-        _equilibrium(f.rows(part), z0[part], forward, backward, partial(collect, i)) for i, part in enumerate(rows)
+        _equilibrium(f.rows(part), z0[part].clone(), forward, backward, partial(collect, i), fast and fast.rows(part))
+        for i, part in enumerate(rows)
     ]
     values, solutions = zip(*parts, strict=True)
     return torch.cat(values), Solution.joined(solutions)
@@ -128,19 +135,20 @@ def _equilibrium(
     forward: Solver,
     backward: Implicit | Phantom | Reversible,
     on_backward: Callable[[Solution], None] | None,
+    fast: Map | None,
 ) -> tuple[Tensor, Solution]:
-    f = _in_state_precision(f, z0)
+    f, fast = _in_state_precision(f, z0), fast and _in_state_precision(fast, z0)
     if isinstance(backward, Reversible) and torch.is_grad_enabled():
         return reversible(f, z0, backward.steps, backward.damping, on_backward)
     with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
-        solution = forward(f, z0.detach())
+        solution = forward(fast or f, z0.detach())
     if not torch.is_grad_enabled():
         return solution.value, solution
     if isinstance(backward, Phantom):
         return _damped(f, solution.value, backward.steps, backward.damping), solution
     assert isinstance(backward, Implicit)
-    z = solution.value.detach().requires_grad_()
-    return _Adjoint.apply(f(z), z, backward.solver, on_backward), solution  # type: ignore[return-value]
+    z = solution.value.detach().requires_grad_(fast is None)
+    return _Adjoint.apply(f(z), z, backward.solver, on_backward, fast), solution  # type: ignore[return-value]
 
 
 def unroll(f: Map, z0: Tensor, steps: int) -> Tensor:
@@ -171,16 +179,25 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, fz: Tensor, z: Tensor, solver: Solver | Gmres, on_backward: Callable[[Solution], None] | None
+        ctx: Any,
+        fz: Tensor,
+        z: Tensor,
+        solver: Solver | Gmres,
+        on_backward: Callable[[Solution], None] | None,
+        fast: Map | None,
     ) -> Tensor:
         ctx.save_for_backward(fz, z)
-        ctx.solver, ctx.on_backward = solver, on_backward
+        ctx.solver, ctx.on_backward, ctx.fast = solver, on_backward, fast
         return fz.view_as(fz)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         fz, z = ctx.saved_tensors
+        if ctx.fast is not None:
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                fz = ctx.fast(z)
 
         def product(u: Tensor) -> Tensor:  # J^T u
             return torch.autograd.grad(fz, z, u, retain_graph=True)[0]
@@ -189,7 +206,7 @@ class _Adjoint(torch.autograd.Function):
             solution = solve_adjoint(product, gradients[0], ctx.solver)
         if ctx.on_backward is not None:
             ctx.on_backward(solution)
-        return solution.value, None, None, None
+        return solution.value, None, None, None, None
 
 
 def solve_adjoint(product: Map, b: Tensor, solver: Solver | Gmres) -> Solution:

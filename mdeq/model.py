@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
 from mdeq import jacobian
@@ -167,11 +168,23 @@ class MDEQ(nn.Module):
         if unroll_steps is not None:
             z, solution = unroll(f, z0, unroll_steps), None
         else:
-            z, solution = equilibrium(f, z0, self.forward_solver, self.backward, self.on_backward, self.at_once(z0))
+            z, solution = equilibrium(
+                f, z0, self.forward_solver, self.backward, self.on_backward, self.at_once(z0), f.fast
+            )
             if not self.training or self.config.train_output == "z*":
                 z = solution.value + (z - z.detach())
         estimate = _jacobian(f, z, jacobian_probes) if jacobian_probes else None
         return Equilibrium(scales.split(z), solution, estimate)
+
+    def compile_f(self) -> None:
+        """Have f compiled where the solvers evaluate it: the first steps take a minute longer, all others less.
+
+        f on the tape stays as it is, and so do `state_dict` and results, but for rounding. Needs what `torch.compile`
+        needs: a C++ compiler on a CPU, Triton on a GPU. An adjoint solve back-propagates many times through one
+        evaluation, so that from here on compiled functions of this process do not give their buffers away.
+        """
+        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+        self.f.compiled = True
 
     def at_once(self, z0: Tensor) -> int | None:
         """How many samples of a state (B, D) are solved together.

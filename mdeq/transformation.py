@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdeq.blocks import Convolution, Features, ResidualBlock, rectifier
+from mdeq.blocks import Convolution, Features, GroupNorm, ResidualBlock, held, rectifier
 from mdeq.multiscale import Scales
 from mdeq.solvers import Map
 
@@ -22,12 +24,12 @@ class NormalisedConvolution(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int, groups: int) -> None:
         super().__init__()
         self.conv = Convolution(inputs, outputs, kernel, stride=stride)
-        self.norm = nn.GroupNorm(groups, outputs)
+        self.norm = GroupNorm(groups, outputs)
 
     def bind(self) -> Features:
         """The layer with its weight at hand."""
-        conv = self.conv.bind()
-        return lambda x: self.norm(conv(x))
+        conv, norm = self.conv.bind(), self.norm.bind()
+        return lambda x: norm(conv(x))
 
 
 class Downsampling(nn.Module):
@@ -59,27 +61,29 @@ class PostFusion(nn.Module):
     def __init__(self, channels: int, *, groups: int, affine: bool, weight_norm: bool) -> None:
         super().__init__()
         self.conv = Convolution(channels, channels, 1, weight_norm=weight_norm)
-        self.norm = nn.GroupNorm(groups, channels, affine=affine)
+        self.norm = GroupNorm(groups, channels, affine=affine)
 
     def bind(self, softplus: float | None) -> Features:
         """The layer with its weight at hand."""
-        conv, rectify = self.conv.bind(), rectifier(softplus)
-        return lambda x: self.norm(conv(rectify(x)))
+        conv, norm, rectify = self.conv.bind(), self.norm.bind(), rectifier(softplus)
+        return lambda x: norm(conv(rectify(x)))
 
 
 @dataclass(frozen=True)
 class BoundTransformation:
-    """f_theta of one batch on the flat state (B, D): weights, injection and dropout masks are in place."""
+    """f_theta of one batch on the flat state (B, D): weights, injection and dropout masks are in place.
 
-    apply: Callable[[Tensor, slice], Tensor]
+    Attributes:
+        rows: f of these samples alone.
+        fast: The same compiled, for the solvers, with a tape of z's alone; None unless `MDEQ.compile_f` was called.
+    """
+
+    rows: Callable[[slice], Map]
+    fast: BoundTransformation | None = None
 
     def __call__(self, state: Tensor) -> Tensor:
         """f of the whole batch."""
-        return self.apply(state, slice(None))
-
-    def rows(self, rows: slice) -> Map:
-        """f of these samples alone."""
-        return lambda state: self.apply(state, rows)
+        return self.rows(slice(None))(state)
 
 
 class Transformation(nn.Module):
@@ -109,7 +113,7 @@ class Transformation(nn.Module):
         upsampling: Upsampling,
     ) -> None:
         super().__init__()
-        self.channels, self.upsampling = channels, upsampling
+        self.channels, self.upsampling, self.compiled = channels, upsampling, False
         self.blocks = nn.ModuleList(
             ResidualBlock(
                 c,
@@ -133,16 +137,34 @@ class Transformation(nn.Module):
 
         Weight normalisation and, in training mode, the dropout masks are computed here, once a solve.
         """
-        n = len(self.channels)
-        blocks = [b.bind(x, inject=i == 0, softplus=softplus) for i, b in enumerate(self.blocks)]  # type: ignore[operator]
+        masks = [block.draw(x) for block in self.blocks]  # type: ignore[operator]
+        fast = None
+        if self.compiled:
+            with torch.no_grad():
+                constant = self._bind(x, masks, scales, softplus)
+            fast = BoundTransformation(lambda rows: partial(_run(), constant(rows)))
+        return BoundTransformation(self._bind(x, masks, scales, softplus), fast)
+
+    def _bind(
+        self, x: Tensor, masks: list[Tensor | None], scales: Scales, softplus: float | None
+    ) -> Callable[[slice], Map]:
+        n, x = len(self.channels), held(x)
+        blocks = [block.bind(softplus) for block in self.blocks]  # type: ignore[operator]
         fusion = [[self.fusion[j][i].bind() if i != j else None for i in range(n)] for j in range(n)]  # type: ignore[index]
         post = [layer.bind(softplus) for layer in self.post]  # type: ignore[operator]
 
-        def f(state: Tensor, rows: slice) -> Tensor:
-            features = [block(z, rows) for block, z in zip(blocks, scales.split(state), strict=True)]
-            return scales.flatten([post[j](self._fuse(features, fusion[j], j)) for j in range(n)])
+        def at(rows: slice) -> Map:
+            # copies: to a compiled f, where a tensor begins in its storage is a part of its type
+            injections = [x[rows].clone()] + [None] * (n - 1)
+            drawn = [mask if mask is None else mask[rows].clone() for mask in masks]
 
-        return BoundTransformation(f)
+            def f(state: Tensor) -> Tensor:
+                features = [blocks[i](z, injections[i], drawn[i]) for i, z in enumerate(scales.split(state))]
+                return scales.flatten([post[j](self._fuse(features, fusion[j], j)) for j in range(n)])
+
+            return f
+
+        return at
 
     def _fuse(self, features: list[Tensor], incoming: list[Features | None], j: int) -> Tensor:
         """The sum at scale j of what all scales send there, (B, C_j, H_j, W_j)."""
@@ -158,6 +180,12 @@ class Transformation(nn.Module):
         if self.upsampling == "nearest":
             return F.interpolate(x, size=size, mode="nearest")
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+@cache
+def _run() -> Callable[[Map, Tensor], Tensor]:
+    """One compiled function for every f, so that a new batch finds what an earlier one compiled."""
+    return torch.compile(lambda f, state: f(state))
 
 
 def _fusion(channels: tuple[int, ...], i: int, j: int, groups: int) -> nn.Module:

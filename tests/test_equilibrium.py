@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from mdeq import (
     Network,
     Phantom,
     Reversible,
+    transformation,
 )
 from mdeq.equilibrium import equilibrium, unroll
 
@@ -230,23 +230,35 @@ def test_autocast_costs_the_gradient_no_more_than_its_digits(problem):
     assert 1e-5 < error < 8 * 2**-8 / (1 - 0.6)  # a few roundings to 8 bits, amplified by |(I - J)^-1|
 
 
-def test_a_compiled_f_gives_the_same_gradient_batch_after_batch():
-    """Back-propagated through once in the warm-up and many times in an adjoint solve: no buffer may be given away."""
-    network = contractive_network()
+@pytest.mark.parametrize("rule", [RULES[2], Phantom(3, 0.5)], ids=["implicit", "phantom"])
+def test_a_compiled_f_gives_the_same_gradient_batch_after_batch(rule, monkeypatch):
+    """Warm-up, then solves, in parts of unequal size; and no compiled tape carries the parameters."""
+    compiled = torch.compile(lambda f, state: f(state), backend="aot_eager")
+    tapes: list[bool] = []
 
-    def step(image: Tensor, unrolled: bool, compiled: bool) -> list[Tensor]:
-        network.zero_grad()
-        f, z0, scales = network.backbone.fixed_point_problem(image)
-        f = torch.compile(f, backend="aot_eager") if compiled else f
-        z = unroll(f, z0, 3) if unrolled else equilibrium(f, z0, TIGHT, RULES[2])[0]
-        network.head(scales.split(z)).square().sum().backward()
-        return [p.grad.clone() for p in network.parameters()]
+    def run(f, state: Tensor) -> Tensor:
+        fz = compiled(f, state)
+        tapes.append(fz.requires_grad)
+        assert fz.requires_grad == state.requires_grad
+        return fz
 
-    with torch._functorch.config.patch(donated_buffer=False):  # type: ignore[attr-defined]
-        for unrolled in (True, False, False):
-            image = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-            for ours, expected in zip(step(image, unrolled, True), step(image, unrolled, False), strict=True):
-                torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(transformation, "_run", lambda: run)
+    eager = contractive_network()
+    fast = copy.deepcopy(eager)
+    fast.backbone.compile_f()
+    for network in (eager, fast):
+        network.backbone.forward_solver, network.backbone.backward = TIGHT, rule
+        monkeypatch.setattr(network.backbone, "at_once", lambda z0: 2)
+    for steps in (3, None, None):
+        image = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+        gradients = []
+        for network in (eager, fast):
+            network.zero_grad()
+            network(image, unroll_steps=steps).logits.square().sum().backward()
+            gradients.append([p.grad.clone() for p in network.parameters()])
+        for ours, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    assert any(tapes) == isinstance(rule, Implicit)
 
 
 def test_copies_made_after_a_step_train_on_their_own():
