@@ -64,7 +64,7 @@ def run(
     out = Path("results", stage, name)
     recipe = _recipe(params)
     first = task(params.seeds[0])
-    _check_warm_up(stage, name, recipe, len(first.train))
+    check_warm_up(f"{stage}.{name}", params, len(first.train))
     identity = {
         "params": params.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"}),
         "data": summary["manifest"],
@@ -202,12 +202,13 @@ def flops(model: nn.Module, images: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def _check_warm_up(stage: str, name: str, recipe: Recipe, samples: int) -> None:
-    total = math.ceil(samples / recipe.batch) * recipe.epochs
-    if recipe.warm_up is not None and recipe.warm_up.steps >= total:
+def check_warm_up(section: str, params: TrainParams, samples: int) -> None:
+    """Raises a TrainingError if the warm-up is not shorter than the run."""
+    total = math.ceil(samples / params.batch) * params.epochs
+    if params.warm_up is not None and params.warm_up.steps >= total:
         raise TrainingError(
-            f"params.yaml: {stage}.{name}.warm_up.steps: {recipe.warm_up.steps} must be fewer than the run's {total} "
-            f"updates ({samples} samples, batch {recipe.batch}, {recipe.epochs} epochs)"
+            f"params.yaml: {section}.warm_up.steps: {params.warm_up.steps} must be fewer than the run's {total} "
+            f"updates ({samples} samples, batch {params.batch}, {params.epochs} epochs)"
         )
 
 
