@@ -33,7 +33,7 @@ class Implicit:
         solver: Of the adjoint; the paper's is Broyden's method, `Gmres` is made for linear systems.
     """
 
-    solver: Broyden | Anderson | FixedPoint | Gmres = Broyden(steps=20)
+    solver: Broyden | Anderson | FixedPoint | Gmres = Gmres(steps=20)
     kind: Literal["implicit"] = "implicit"
 
 
@@ -75,7 +75,7 @@ class BatchMap(Protocol):
 
     def __call__(self, z: Tensor, /) -> Tensor: ...
 
-    def rows(self, rows: slice) -> Map:
+    def rows(self, rows: slice, /) -> Map:
         """f of these samples alone."""
         ...
 

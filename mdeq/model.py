@@ -111,7 +111,7 @@ class MDEQ(nn.Module):
     def __init__(
         self,
         config: MDEQConfig,
-        forward_solver: ForwardSolver = Broyden(),
+        forward_solver: ForwardSolver = Anderson(),
         backward: Implicit | Phantom | Reversible = Implicit(),
     ) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Network(nn.Module):
         config: MDEQConfig,
         head: ClassificationHeadConfig | SegmentationHeadConfig,
         classes: int,
-        forward_solver: ForwardSolver = Broyden(),
+        forward_solver: ForwardSolver = Anderson(),
         backward: Implicit | Phantom | Reversible = Implicit(),
     ) -> None:
         super().__init__()

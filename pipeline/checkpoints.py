@@ -66,7 +66,7 @@ class Architecture:
             return baselines.build(self.model, self.classes, fetch=fetch)
         if self.head is None:
             raise ValueError("head: an MDEQ needs one")
-        return Network(self.model, self.head, self.classes, self.forward or Broyden(), self.backward or Implicit())
+        return Network(self.model, self.head, self.classes, self.forward or Anderson(), self.backward or Implicit())
 
 
 def save_model(path: Path, architecture: Architecture, model: nn.Module, meta: dict[str, Any]) -> None:
