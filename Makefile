@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro repro-all test lint schema soak ui clean
+.PHONY: help setup repro repro-all readme test coverage lint schema docs soak ui clean
 
 # The first Python on PATH that is new enough; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -36,8 +36,15 @@ repro-all: $(STAMP)  ## The same with params/all.yaml: a small instance of every
 	@[ -e params.yaml.kept ] || cp params.yaml params.yaml.kept; trap 'mv params.yaml.kept params.yaml' EXIT; \
 	cp params/all.yaml params.yaml; $(MAKE) --no-print-directory repro
 
-test: $(STAMP)  ## Run the tests
+readme: $(STAMP)  ## Write the last report's results into README.md, and the record that a test holds it to
+	@cp results/report/results.json docs/measured/demo.json
+	@python -m pipeline show --into README.md
+
+test: $(STAMP)  ## Run the tests; ARGS="-m 'not slow' tests/test_solvers.py" runs some
 	@python -m pytest $(ARGS)
+
+coverage: $(STAMP)  ## The same, with the lines and branches that no test reaches
+	@python -m pytest --cov --cov-report=term-missing $(ARGS)
 
 lint: $(STAMP)  ## Style, types, Dockerfile
 	@ruff check mdeq pipeline tests benchmarks
@@ -46,6 +53,11 @@ lint: $(STAMP)  ## Style, types, Dockerfile
 
 schema: $(STAMP)  ## Write params.schema.json again, after a change of the params' types
 	@python -m pipeline schema
+
+docs: $(STAMP)  ## Build site/: the pages of docs/ and the library's reference
+	@python -c 'import material, mkdocstrings' 2>/dev/null || \
+		python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet && echo site/index.html
 
 soak: $(STAMP)  ## Kill and resume the training stages for an hour: memory, open files and weights must stay
 	@python -m benchmarks.soak --minutes 60 --kills 20

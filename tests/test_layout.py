@@ -146,13 +146,6 @@ print(mdeq.__file__)
     assert done.stdout.strip() == str(tmp_path / "mdeq/__init__.py"), done.stderr
 
 
-def test_the_readmes_examples_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
 # dvc.yaml
 
 
