@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import cast
@@ -20,10 +19,10 @@ import torch
 
 from pipeline.checkpoints import Architecture
 from pipeline.data.cifar10 import open_cifar10
-from pipeline.data.cityscapes import open_cityscapes
-from pipeline.data.imagenet import open_imagenet
+from pipeline.data.cityscapes import Cityscapes
+from pipeline.data.imagenet import ImageNet
 from pipeline.data.loading import BatchDataset, batches
-from pipeline.data.manifest import data_root
+from pipeline.data.manifest import located
 from pipeline.machine import Machine
 from pipeline.params import FILE, TRAINED_BY, load
 from pipeline.train_params import FinetuneParams, PretrainParams, TrainParams
@@ -34,16 +33,12 @@ SETS = {stage: dataset for dataset, stage in TRAINED_BY.items()}
 
 def training_set(stage: str, params: TrainParams, machine: Machine) -> BatchDataset:
     """What the stage trains on, augmented as its params say."""
-    folder = Path("results/data", SETS[stage])
-    if not (folder / "summary.json").is_file():
-        raise SystemExit(f"{folder}/summary.json: no such file; run `python -m pipeline prepare {SETS[stage]}`")
-    source = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["source"]
-    root, manifest = data_root(SETS[stage], source, machine), folder / "manifest.csv"
+    root, manifest = located(SETS[stage], machine)
     if isinstance(params, FinetuneParams):
-        return open_cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment, seed=0)
+        return Cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment)
     if isinstance(params, PretrainParams):
-        return open_imagenet(root, manifest, "train", size=params.image, augment=params.augment, seed=0)
-    return open_cifar10(root, manifest, "train", augment=params.augment, seed=0, device=machine.device)
+        return ImageNet(root, manifest, "train", size=params.image, augment=params.augment)
+    return open_cifar10(root, manifest, "train", augment=params.augment, device=machine.device)
 
 
 def loader_rate(dataset: BatchDataset, batch: int, workers: int, count: int) -> float:
@@ -64,8 +59,7 @@ def _endless(dataset: BatchDataset, batch: int, workers: int):  # noqa: ANN202
 
 def step_rate(dataset: BatchDataset, params: TrainParams, device: str) -> float:
     """Images a second of an implicit update, the solvers as far as they go at the weights of the start."""
-    architecture = Architecture(params.model, params.head, dataset.classes, params.forward, params.backward)
-    model = architecture.build().to(device).train()
+    model = Architecture.of(params, dataset.classes).build().to(device).train()
     optimizer = make_optimizer(model, params.optimizer)
     images, _ = next(iter(batches(dataset, params.batch, seed=0, epoch=0, shuffle=True)))
     images, start = images.to(device), 0.0

@@ -16,7 +16,7 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,6 +36,9 @@ from mdeq import (
     baselines,
 )
 from mdeq.baselines import BaselineConfig, ExplicitConfig, NeuralODEConfig, ResNetConfig
+
+if TYPE_CHECKING:
+    from pipeline.train_params import TrainParams
 
 FORMAT = 1
 
@@ -59,6 +62,11 @@ class Architecture:
     classes: int
     forward: Broyden | Anderson | FixedPoint | None = None
     backward: Implicit | Phantom | Reversible | None = None
+
+    @classmethod
+    def of(cls, params: TrainParams, classes: int) -> Architecture:
+        """That of a section of params.yaml."""
+        return cls(params.model, params.head, classes, params.forward, params.backward)
 
     def build(self, *, fetch: bool = False) -> nn.Module:
         """A freshly initialised network; `fetch`, and what is raised, as of `mdeq.baselines.build`."""

@@ -234,10 +234,11 @@ def strip(
 
     Example: `python -m pipeline strip results/finetune/mdeq-small/model.pt frames/`
     """
-    from pipeline import strip as drawing
+    from pipeline import predict as prediction
+    from pipeline.inference import Predictor
     from pipeline.machine import Machine
 
-    drawing.draw(weights, folder, count, out, Machine.from_environment(device))
+    prediction.strip(Predictor(weights, Machine.from_environment(device)), folder, count, out)
     typer.echo(out)
 
 

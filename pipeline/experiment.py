@@ -75,7 +75,7 @@ def run(
     work = machine.root / "work" / f"{stage}-{name}"
     states = {seed: RunState(work, identity, f"seed-{seed}") for seed in params.seeds}
     own = states[params.seeds[0]]
-    architecture = _architecture(params, first.train.classes)
+    architecture = Architecture.of(params, first.train.classes)
 
     histories: dict[int, list[Row]] = {}
     logs: dict[int, list[tuple[int, Row]]] = {}
@@ -149,10 +149,10 @@ def load_backbone(network: nn.Module, path: Path) -> str | None:
 
 def code(stage: str, dataset: str) -> dict[str, str]:
     """The digests of the sources that a training depends on: those that dvc.yaml declares, to which a test holds it."""
-    shared = "checkpoints experiment figures metrics processes progress training data/loading data/manifest".split()
-    own = (f"data/{dataset}", f"stages/{stage}")
+    shared = "checkpoints experiment figures metrics processes progress training".split()
+    data = [f"data/{name}" for name in ("archives", "loading", "manifest", dataset)]
     here = Path(__file__).parent
-    files = [here / f"{module}.py" for module in (*shared, *own)]
+    files = [here / f"{module}.py" for module in (*shared, *data, f"stages/{stage}")]
     files += Path(str(mdeq.__file__)).parent.glob("*.py")
     return {f"{file.relative_to(here.parent).as_posix()}": code_digest([str(file)]) for file in sorted(files)}
 
@@ -178,10 +178,6 @@ def _recipe(params: TrainParams) -> Recipe:
         precision=params.precision,
         checkpoint_minutes=params.checkpoint_minutes,
     )
-
-
-def _architecture(params: TrainParams, classes: int) -> Architecture:
-    return Architecture(params.model, params.head, classes, params.forward, params.backward)
 
 
 def _build(architecture: Architecture, section: str) -> nn.Module:

@@ -20,6 +20,7 @@ from mdeq.model import Network
 from mdeq.solvers import Solution
 from pipeline.checkpoints import CheckpointError, load_model
 from pipeline.data import cifar10, cityscapes, imagenet
+from pipeline.data.loading import normalised
 from pipeline.data.manifest import DataError
 from pipeline.machine import Machine
 
@@ -71,15 +72,14 @@ class Predictor:
         self.segments = self._set is cityscapes
         if isinstance(self.network, Network):
             solver = self.network.backbone.forward_solver
-            changes: dict[str, Any] = {"steps": steps, "tolerance": tolerance, "check_every": 1}  # so that nfe is exact
-            changes = {name: value for name, value in changes.items() if value is not None}
-            self.network.backbone.forward_solver = replace(solver, **changes)
+            limits: dict[str, Any] = {"steps": steps, "tolerance": tolerance}
+            limits = {name: value for name, value in limits.items() if value is not None}
+            self.network.backbone.forward_solver = replace(solver, check_every=1, **limits)  # so that nfe is exact
 
     @torch.no_grad()
     def __call__(self, photo: np.ndarray, z0: Tensor | None = None) -> Answer:
         """The answer to a photo (H, W, 3) RGB uint8, its equilibrium sought from the state `z0` (1, D) or from 0."""
-        image = self.image(photo).to(self.device)
-        found = self.network(image) if z0 is None else self.network(image, z0=z0)
+        found = self.network(self.image(photo).to(self.device), **({} if z0 is None else {"z0": z0}))
         logits = found.logits.float()
         solution = found.equilibrium.solution if found.equilibrium else None
         if self.segments:
@@ -88,9 +88,8 @@ class Predictor:
 
     def image(self, photo: np.ndarray) -> Tensor:
         """What the network sees of a photo (H, W, 3) RGB uint8, as its evaluation did: (1, 3, h, w), normalised."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self._set.MEAN, self._set.STD))
-        pixels = torch.from_numpy(np.array(self._sized(photo))).permute(2, 0, 1).float() / 255
-        return ((pixels - mean) / std)[None]
+        pixels = torch.from_numpy(np.array(self._sized(photo))).permute(2, 0, 1)
+        return normalised(pixels[None], self._set.MEAN, self._set.STD)
 
     def best(self, probabilities: np.ndarray, count: int = 5) -> list[tuple[str, float]]:
         """The `count` most probable classes and their probabilities."""
@@ -132,10 +131,8 @@ class _Served:
         answers = [self._predictor(read_photo(Path(path))).value for path in photos["path"]]
         if self._predictor.segments:
             return pd.DataFrame({"labels": [answer.tolist() for answer in answers]})
-        best = [list(zip(*self._predictor.best(answer), strict=True)) for answer in answers]
-        return pd.DataFrame(
-            {"classes": [list(names) for names, _ in best], "probabilities": [list(p) for _, p in best]}
-        )
+        best = [map(list, zip(*self._predictor.best(answer), strict=True)) for answer in answers]
+        return pd.DataFrame(best, columns=["classes", "probabilities"])
 
 
 def _load_pyfunc(path: str) -> _Served:

@@ -26,14 +26,9 @@ from pipeline.params import TRAINED_ON, ParamsError, instances, load
 from pipeline.train_params import FinetuneParams, PretrainParams, TrainParams
 from pipeline.training import Sgd, predict
 
-Solver = Broyden | Anderson | FixedPoint | Gmres
 NUMBER = 4  # bytes of a float32
 SIDE_BY_SIDE = 3  # models in a table
-SIZES = {
-    "cifar10": (50_000, 10),
-    "imagenet": (1_281_167, 1000),
-    "cityscapes": (2_975, 19),
-}  # images to train on, classes
+SIZES = {"cifar10": (50_000, 10), "imagenet": (1_281_167, 1000), "cityscapes": (2_975, 19)}  # training images, classes
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,23 @@ class _Part:
     backward: float
     kept: int
 
+    @property
+    def flops(self) -> float:
+        """Operations of both passes."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Of a batch on one GPU: bytes by part, and at most beside what is always there; the rest as in `Plan`."""
+
+    memory: dict[str, int]
+    peak: int
+    flops: tuple[float, float]
+    state: int = 0
+    evaluations: tuple[int, int] = (0, 0)
+    traffic: float = 0.0
+
 
 def plan(stage: str, name: str, path: Path, gpus: int = 1) -> Plan:
     """The plan of `<stage>.<name>` of the params file at `path`.
@@ -115,16 +127,29 @@ def plan(stage: str, name: str, path: Path, gpus: int = 1) -> Plan:
     assert isinstance(params, TrainParams)
     samples, classes = _set(TRAINED_ON[stage], path)
     batch = math.ceil(params.batch / (gpus * params.accumulate))
+    segments = isinstance(params, FinetuneParams)
     with torch.device("meta"):
-        model = Architecture(params.model, params.head, classes, params.forward, params.backward).build().train()
+        model = Architecture.of(params, classes).build().train()
         images = torch.empty(batch, 3, *_image(params))
-        targets = torch.empty(
-            (batch, *params.crop) if isinstance(params, FinetuneParams) else (batch,), dtype=torch.int64
-        )
-        loss = segmentation_loss if isinstance(params, FinetuneParams) else classification_loss
-        updates = math.ceil(samples / params.batch) * params.epochs
-        reckon = _network if isinstance(model, Network) and model.backbone.config.unrolled is None else _explicit
-        return reckon(model, params, images, lambda logits: loss(logits, targets), updates, gpus)  # type: ignore[arg-type]
+        targets = torch.empty((batch, *params.crop) if segments else (batch,), dtype=torch.int64)
+        loss = segmentation_loss if segments else classification_loss
+        cost = _cost(model, params, images, lambda logits: loss(logits, targets))
+    parameters = sum(p.numel() for p in model.parameters())
+    updates, scale = math.ceil(samples / params.batch) * params.epochs, params.batch / batch
+    unrolled = min(params.warm_up.steps if params.warm_up else 0, updates) if cost.state else updates
+    lasting = _lasting(NUMBER * parameters, params, gpus)
+    first, second = cost.flops
+    return Plan(
+        parameters,
+        cost.state,
+        lasting | cost.memory,
+        sum(lasting.values()) + cost.peak,
+        cost.evaluations,
+        (unrolled, updates - unrolled),
+        (scale * first, scale * second),
+        scale * cost.traffic,
+        params.precision != "float32",
+    )
 
 
 def tables(stage: str | None, name: str | None, path: Path, gpu: str, gpus: int, utilisation: float) -> Iterator[Table]:
@@ -182,18 +207,14 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _explicit(
-    model: nn.Module, params: TrainParams, images: Tensor, loss: Callable[[Tensor], Tensor], updates: int, gpus: int
-) -> Plan:
+def _cost(model: nn.Module, params: TrainParams, images: Tensor, loss: Callable[[Tensor], Tensor]) -> _Cost:
+    if isinstance(model, Network) and model.backbone.config.unrolled is None:
+        return _implicit(model, params, images, loss)
     whole = _part(list(model.parameters()), lambda: loss(predict(model, images).logits))
-    memory = _lasting(model, params, gpus) | {"activations": whole.kept}
-    flops = (whole.forward + whole.backward) / len(images) * params.batch
-    return Plan(_size(model), 0, memory, sum(memory.values()), (0, 0), (updates, 0), (flops, 0.0), 0.0, _half(params))
+    return _Cost({"activations": whole.kept}, whole.kept, (whole.flops, 0.0))
 
 
-def _network(
-    model: Network, params: TrainParams, images: Tensor, loss: Callable[[Tensor], Tensor], updates: int, gpus: int
-) -> Plan:
+def _implicit(model: Network, params: TrainParams, images: Tensor, loss: Callable[[Tensor], Tensor]) -> _Cost:
     backbone, rule, term = model.backbone, params.backward, params.jacobian
     assert params.forward is not None and rule is not None
     inside, outside = list(backbone.f.parameters()), [*backbone.stem.parameters(), *backbone.stage0.parameters()]
@@ -203,8 +224,8 @@ def _network(
     one = _part([z, *inside], lambda: f(z))
     product = _flops(lambda: torch.autograd.grad(one.value, z, torch.empty_like(z), retain_graph=True))
     head = _part([z, *model.head.parameters()], lambda: loss(model.head(scales.split(z))))
+    penalty = _part(inside, lambda: jacobian.frobenius(f(z), z, term.probes)) if term else None
 
-    solver = rule.solver if isinstance(rule, Implicit) else None
     match rule:  # calls of f, products with J, products that reach the parameters too, evaluations on tape at once
         case Implicit():
             calls, products, whole, tapes = params.forward.steps + 2, rule.solver.steps, 1, 1
@@ -212,39 +233,28 @@ def _network(
             calls, products, whole, tapes = params.forward.steps + 1 + rule.steps, 0, rule.steps, rule.steps
         case Reversible():  # two a step, as many on the way back
             calls, products, whole, tapes = 4 * rule.steps, 0, 2 * rule.steps, 1
-    around = stem.forward + stem.backward + head.forward + head.backward
+    around, layers = stem.flops + head.flops, params.warm_up.layers if params.warm_up else 0
     implicit = around + calls * one.forward + products * product + whole * one.backward
-    layers, steps = (params.warm_up.layers, params.warm_up.steps) if params.warm_up else (0, 0)
-    unrolled = around + layers * (one.forward + one.backward)
-    penalty = 0
-    if term is not None:
-        regulariser = _part(inside, lambda: jacobian.frobenius(f(z), z, term.probes))
-        implicit += term.probability * (regulariser.forward + regulariser.backward)
-        penalty = regulariser.kept
-
-    state = NUMBER * z.numel()
-    memory = _lasting(model, params, gpus)
-    lasting = sum(memory.values()) + stem.kept
-    memory |= {
+    if term and penalty:
+        implicit += term.probability * penalty.flops
+    state, solvers = NUMBER * z.numel(), (params.forward, rule.solver if isinstance(rule, Implicit) else None)
+    (forward, backward), reads = zip(*map(_history, solvers), strict=True)
+    memory = {
         "stem": stem.kept,
         "tape of one f": one.kept,
         "head and loss": head.kept,
         "warm-up: tape": layers * one.kept,
-        "forward: solver": state * _states(params.forward),
-        "backward: solver": state * (_states(solver) if solver else 0),
-        "Jacobian term": penalty,
+        "forward: solver": state * forward,
+        "backward: solver": state * backward,
+        "Jacobian term": penalty.kept if penalty else 0,
     }
-    peak = lasting + max(
+    peak = stem.kept + max(
         memory["forward: solver"],
-        tapes * one.kept + head.kept + memory["backward: solver"] + penalty,
+        tapes * one.kept + head.kept + memory["backward: solver"] + memory["Jacobian term"],
         layers * one.kept + head.kept,
     )
-    warm_up = min(steps, updates)
-    scale = params.batch / len(images)
-    traffic = scale * state * (_reads(params.forward) + (_reads(solver) if solver else 0))
-    flops = (scale * unrolled, scale * implicit)
-    evaluations, counted = (calls, products + whole), (warm_up, updates - warm_up)
-    return Plan(_size(model), z.shape[1], memory, peak, evaluations, counted, flops, traffic, _half(params))
+    flops = around + layers * one.flops, implicit
+    return _Cost(memory, peak, flops, z.shape[1], (calls, products + whole), state * sum(reads))
 
 
 def _part(inputs: Sequence[Tensor], call: Callable[[], Tensor]) -> _Part:
@@ -272,47 +282,29 @@ def _flops(call: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def _lasting(model: nn.Module, params: TrainParams, gpus: int) -> dict[str, int]:
-    """Bytes that are there all the time."""
-    weights = NUMBER * _size(model)
+def _lasting(weights: int, params: TrainParams, gpus: int) -> dict[str, int]:
+    """Bytes that are there all the time, `weights` bytes of parameters among them."""
     slots = bool(params.optimizer.momentum) if isinstance(params.optimizer, Sgd) else 2
     parts = {"weights": weights, "gradients": weights, "optimiser": slots * weights}
     return parts | ({"message of the gradients": weights} if gpus > 1 else {})
 
 
-def _half(params: TrainParams) -> bool:
-    return params.precision != "float32"
+def _history(solver: Broyden | Anderson | FixedPoint | Gmres | None) -> tuple[int, int]:
+    """How many states (B, D) a solver holds at its limit, and how many of its history it reads up to there.
 
-
-def _size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def _states(solver: Solver) -> int:
-    """How many states (B, D) a solver holds at its limit: its history, and z, f(z), their difference, the best."""
+    It holds its history, and z, f(z), their difference, the best.
+    """
     match solver:
-        case Broyden():
-            history = solver.steps
-        case Gmres():
-            history = solver.steps + 1
-        case Anderson():
-            history = 2 * solver.memory
+        case Broyden(steps=n):  # two passes over the k steps so far
+            return n + 4, n * n
+        case Gmres(steps=n):  # orthogonalised twice, two passes each
+            return n + 5, 2 * n * (n + 1) + n
+        case Anderson(steps=n, memory=m):
+            return 2 * m + 4, 2 * m * n
         case FixedPoint():
-            history = 0
-    return history + 4
-
-
-def _reads(solver: Solver) -> int:
-    """How many states of its history a solver reads up to its limit."""
-    match solver:
-        case Broyden():  # two passes over the k steps so far
-            return solver.steps * (solver.steps - 1) + solver.steps
-        case Gmres():  # orthogonalised twice, two passes each
-            return 2 * solver.steps * (solver.steps + 1) + solver.steps
-        case Anderson():
-            return 2 * solver.memory * solver.steps
-        case FixedPoint():
-            return 0
+            return 4, 0
+        case None:
+            return 0, 0
 
 
 def _image(params: TrainParams) -> Sequence[int]:

@@ -5,12 +5,12 @@ The frames of a video start from the last frame's equilibrium (StreamDEQ: Ertenl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline import figures
 from pipeline.data import cityscapes
 from pipeline.data.manifest import DataError, progress
 from pipeline.data.sheet import FAINT, INK, PAPER
@@ -62,29 +63,47 @@ def run(
     if labels is not None and not predictor.segments:
         raise DataError("--labels: this model classifies; labels of pixels are for a model of `finetune`")
     truths = {path.name: path for path in labels.rglob(f"*{cityscapes.LABEL_END}")} if labels else {}
-    figures, answers = {}, {}
+    measured, answers = {}, {}
     for clip in clips(sources, video):
         tally = Tally(len(predictor.names))
         folder = out / clip.name
         folder.mkdir(parents=True, exist_ok=True)
-        with _Film(folder / "video.mp4", clip.fps) as film:
+        with _film(folder / "video.mp4", clip.fps or FPS) as film:
             for name, photo, found in _answered(predictor, clip, compare):
                 value = next(iter(found.values())).value
                 tally.add(found, _truth(truths.get(_label_name(name)), value.shape))
                 if predictor.segments:
                     _write(folder / f"{name}_labels.png", cityscapes.colours()[value])
-                    picture = (photo * 0.4 + cityscapes.colours()[value] * 0.6).astype(np.uint8)
+                    picture = cityscapes.overlay(photo, value)
                 else:
                     answers[f"{clip.name}/{name}"] = dict(predictor.best(value))
                     picture = bars(photo, predictor.best(value))
                 if clip.fps:
-                    film.add(picture)
+                    film(picture)
                 else:
                     _write(folder / f"{name}.png", picture)
-        figures[clip.name] = tally.compute()
-    record = json.dumps({"clips": figures, "answers": answers}, indent=2) + "\n"
+        measured[clip.name] = tally.compute()
+    record = json.dumps({"clips": measured, "answers": answers}, indent=2) + "\n"
     (out / "predictions.json").write_text(record, encoding="utf-8")
-    return figures
+    return measured
+
+
+def strip(predictor: Predictor, folder: Path, count: int, out: Path) -> None:
+    """Draw `count` frames of `folder`, spread evenly in the order of their names, above their classes (Appendix C).
+
+    Raises:
+        DataError: if the folder holds no pictures, or of several sizes, or the model does not segment streets.
+    """
+    if not predictor.segments:
+        raise DataError("strip: this model does not segment street scenes; name a model of `finetune`")
+    paths = pictures(folder)
+    chosen = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, count).round().astype(int))]
+    frames = [read_photo(path) for path in chosen]
+    for path, frame in zip(chosen, frames, strict=True):
+        if frame.shape != frames[0].shape:
+            raise DataError(f"{path}: of another size than the first")
+    predictions = [predictor(frame).value for frame in frames]
+    figures.save(figures.strip(frames, predictions, predictor.names, cityscapes.colours()), out)
 
 
 def clips(sources: Sequence[Path], video: bool) -> list[Clip]:
@@ -150,20 +169,17 @@ def _video(path: Path) -> Clip:
 def _answered(predictor: Predictor, clip: Clip, compare: bool) -> Iterator[tuple[str, np.ndarray, dict[str, Answer]]]:
     """Each frame's name, pixels and answers by what the solver started from, the one to show first.
 
-    A photo starts from `zero`. Of a video the `first` frame does too, the others from the frame `before`; to compare,
-    they are answered from `zero` as well.
+    A photo starts from `zero`, as all do without a solve. Of a video the `first` frame does too, the others from the
+    frame `before`; to compare, they are answered from `zero` as well.
     """
     state, shape = None, None
     for name, photo in progress(clip.frames(), clip.name, clip.count or None):
         if clip.fps and shape not in (None, photo.shape):
             raise DataError(f"{clip.name}: {name} has another size than the frames before it; leave out --video")
-        start = "zero" if not clip.fps else "before" if state is not None else "first"
-        answers = {start: predictor(photo, state)}
-        if compare and state is not None:
-            answers["zero"] = predictor(photo)
-        yield name, photo, answers
-        solution = answers[start].solution
-        state, shape = solution.value if clip.fps and solution else None, photo.shape
+        answer = predictor(photo, state)
+        start = "zero" if not (clip.fps and answer.solution) else "first" if state is None else "before"
+        yield name, photo, {start: answer} | ({"zero": predictor(photo)} if compare and start == "before" else {})
+        state, shape = answer.solution.value if clip.fps and answer.solution else None, photo.shape
 
 
 class Tally:
@@ -171,8 +187,7 @@ class Tally:
 
     def __init__(self, classes: int) -> None:
         """Begin without a frame."""
-        self._classes = classes
-        self._frames = 0
+        self._classes, self._frames = classes, 0
         self._solves: dict[str, list[tuple[int, bool]]] = {}
         self._matrices: dict[str, ConfusionMatrix] = {}
         self._differing: list[float] = []
@@ -181,9 +196,8 @@ class Tally:
         """Add a frame's answers; `truth` are its train ids (H, W), if known."""
         self._frames += 1
         for start, answer in answers.items():
-            if answer.solution is not None:
-                solve = answer.solution.nfe, bool(answer.solution.converged)
-                self._solves.setdefault(start, []).append(solve)
+            if solution := answer.solution:
+                self._solves.setdefault(start, []).append((solution.nfe, bool(solution.converged)))
             if truth is not None:
                 matrix = self._matrices.setdefault(start, ConfusionMatrix(self._classes))
                 matrix.add(torch.from_numpy(answer.value), torch.from_numpy(truth))
@@ -195,31 +209,27 @@ class Tally:
         """Frames; by start the mean evaluations of f, the share of solves that reached the tolerance, the mIoU in per
         cent; and the share of pixels (or of best classes) that `before` and `zero` see otherwise.
         """
-        figures: dict[str, Any] = {"frames": self._frames}
+        values: dict[str, Any] = {"frames": self._frames}
         for start, solves in self._solves.items():
-            evaluations, reached = zip(*solves, strict=True)
-            figures[start] = {"evaluations": float(np.mean(evaluations)), "reached": float(np.mean(reached))}
+            values[start] = dict(zip(("evaluations", "reached"), np.mean(solves, axis=0).tolist(), strict=True))
         for start, matrix in self._matrices.items():
-            figures.setdefault(start, {})["miou"] = matrix.compute()["eval/miou"]
-        if self._differing:
-            figures["differing"] = float(np.mean(self._differing))
-        return figures
+            values.setdefault(start, {})["miou"] = matrix.compute()["eval/miou"]
+        return values | ({"differing": float(np.mean(self._differing))} if self._differing else {})
 
 
-def summary(name: str, figures: Mapping[str, Any]) -> str:
+def summary(name: str, values: Mapping[str, Any]) -> str:
     """A clip's figures in a line."""
     words = {"zero": "from zero", "first": "of the first frame", "before": "from the frame before"}
-    parts = [f"{name}: {figures['frames']} picture{'s' * (figures['frames'] != 1)}"]
+    parts = [f"{name}: {values['frames']} picture{'s' * (values['frames'] != 1)}"]
     for start, where in words.items():
-        if start not in figures:
-            continue
-        own = figures[start]
-        part = f"{own['evaluations']:.1f} evaluations of f {where}" if "evaluations" in own else where
-        if "reached" in own:
-            part += f" ({100 * own['reached']:.0f} % reach the tolerance)"
-        parts.append(part + (f", mIoU {own['miou']:.2f} %" if "miou" in own else ""))
-    if "differing" in figures:
-        parts.append(f"{100 * figures['differing']:.2f} % answered otherwise than from zero")
+        if own := values.get(start):
+            part = where
+            if "evaluations" in own:
+                reached = f"{100 * own['reached']:.0f} % reach the tolerance"
+                part = f"{own['evaluations']:.1f} evaluations of f {where} ({reached})"
+            parts.append(part + (f", mIoU {own['miou']:.2f} %" if "miou" in own else ""))
+    if "differing" in values:
+        parts.append(f"{100 * values['differing']:.2f} % answered otherwise than from zero")
     return "; ".join(parts)
 
 
@@ -259,27 +269,18 @@ def _write(path: Path, picture: np.ndarray) -> None:
         raise DataError(f"{path}: cannot be written")
 
 
-class _Film:
-    """An mp4 file, begun with its first picture."""
+@contextlib.contextmanager
+def _film(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """What takes the pictures of an mp4 file, which the first one begins."""
+    writer = cv2.VideoWriter()
 
-    def __init__(self, path: Path, fps: float | None) -> None:
-        self._path, self._fps = path, fps or FPS
-        self._writer: cv2.VideoWriter | None = None
-
-    def add(self, picture: np.ndarray) -> None:
+    def add(picture: np.ndarray) -> None:
         height, width = (side - side % 2 for side in picture.shape[:2])  # what the codec takes
-        writer = self._writer
-        if writer is None:
-            writer = self._writer = cv2.VideoWriter(str(self._path), CODE, self._fps, (width, height))
-            if not writer.isOpened():
-                raise DataError(f"{self._path}: this OpenCV cannot write mp4; name a folder of frames without --video")
+        if not writer.isOpened() and not writer.open(str(path), CODE, fps, (width, height)):
+            raise DataError(f"{path}: this OpenCV cannot write mp4; name a folder of frames without --video")
         writer.write(np.ascontiguousarray(picture[:height, :width, ::-1]))
 
-    def __enter__(self) -> _Film:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.release()
+    try:
+        yield add
+    finally:
+        writer.release()

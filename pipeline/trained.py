@@ -14,28 +14,16 @@ from torch import Tensor, nn
 
 from pipeline import checkpoints
 from pipeline.data import cifar10, cityscapes, imagenet
-from pipeline.data.loading import BatchDataset, Keys
-from pipeline.data.manifest import DataError, data_root, read_summary
+from pipeline.data.cifar10 import Cifar10
+from pipeline.data.cityscapes import Cityscapes
+from pipeline.data.imagenet import ImageNet
+from pipeline.data.loading import BatchDataset
+from pipeline.data.manifest import DataError, located, read_summary
 from pipeline.machine import Machine
 from pipeline.params import TRAINED_BY
 from pipeline.tracking import Tracker
 
-
-class First:
-    """The first ``count`` samples of a split."""
-
-    def __init__(self, whole: BatchDataset, count: int) -> None:
-        self.whole, self.classes = whole, whole.classes
-        self.count = min(count, len(whole))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        return self.whole[keys]
-
-    def name(self, index: int) -> str:
-        return self.whole.name(index)
+FORMATS = {"cifar10": cifar10, "imagenet": imagenet, "cityscapes": cityscapes}
 
 
 @dataclass(frozen=True)
@@ -85,35 +73,24 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
         torch.set_num_threads(machine.threads)
     network, architecture, meta = checkpoints.load_model(weights, machine.device)
     summary = read_summary(dataset)
-    split, names, (mean, std) = _open(dataset, data_root(dataset, summary["source"], machine), meta["params"])
+    split = _open(dataset, machine, meta["params"], limit)
     if split.classes != architecture.classes:
         raise DataError(
             f"{weights}: trained for {architecture.classes} classes, but the data have {split.classes}; "
             f"train it again: `python -m pipeline {TRAINED_BY[dataset]} {model}`"
         )
-    if limit is not None:
-        split = First(split, limit)
-    facts: dict[str, str | int] = {
-        "data/source": summary["source"],
-        "data/digest": summary["manifest"],
-        "samples": len(split),
-    }
-    run = str(meta.get("run_id") or "")
-    manifest = Path("results/data/cityscapes/manifest.csv")
-    frames = cityscapes.frames(manifest, "val") if dataset == "cityscapes" else ()
-    return Trained(network, split, names, mean, std, facts | machine.describe(), run, frames)
+    facts = {"data/source": summary["source"], "data/digest": summary["manifest"], "samples": len(split)}
+    form, run = FORMATS[dataset], str(meta.get("run_id") or "")
+    frames = split.frames if isinstance(split, Cityscapes) else ()
+    return Trained(network, split, split.names, form.MEAN, form.STD, facts | machine.describe(), run, frames)
 
 
-def _open(dataset: str, root: Path, params: dict[str, Any]) -> tuple[BatchDataset, tuple[str, ...], Any]:
-    manifest = Path("results/data") / dataset / "manifest.csv"
-    if dataset == "cifar10":
-        split = cifar10.open_cifar10(root, manifest, "test", augment=False, seed=0)
-        return split, cifar10.CLASSES, (cifar10.MEAN, cifar10.STD)
-    if dataset == "imagenet":
-        photos = imagenet.open_imagenet(root, manifest, "val", size=params["image"], augment=False, seed=0)
-        return photos, tuple(photos.class_names), (imagenet.MEAN, imagenet.STD)
-    size = params["test_size"]
-    scenes = cityscapes.open_cityscapes(
-        root, manifest, "val", test_size=tuple(size) if size else None, augment=False, seed=0
-    )
-    return scenes, cityscapes.class_names(), (cityscapes.MEAN, cityscapes.STD)
+def _open(dataset: str, machine: Machine, params: dict[str, Any], limit: int | None) -> Cifar10 | ImageNet | Cityscapes:
+    root, manifest = located(dataset, machine)
+    match dataset:
+        case "cifar10":
+            return cifar10.open_cifar10(root, manifest, "test", limit=limit)
+        case "imagenet":
+            return ImageNet(root, manifest, "val", size=params["image"], limit=limit)
+    size = params["test_size"] and tuple(params["test_size"])
+    return Cityscapes(root, manifest, "val", test_size=size, limit=limit)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import ModuleType
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -27,3 +29,16 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("DVC_ROOT", "DVC_STAGE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RANK", "MDEQ_LAUNCH"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def manifest_of(tmp_path: Path):  # noqa: ANN201
+    """A function that writes the manifest of the set that a module reads in a folder."""
+
+    def write(form: ModuleType, root: Path) -> Path:
+        rows = [form.inspect(root, found) for found in form.find(root)]
+        form.check(root, rows)
+        pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
+        return tmp_path / "manifest.csv"
+
+    return write

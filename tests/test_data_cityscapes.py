@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -13,8 +14,8 @@ import torch
 from cityscapesscripts.helpers.labels import labels as official
 
 from pipeline.data import cityscapes, generated
-from pipeline.data.cityscapes import IGNORE, open_cityscapes
-from pipeline.data.loading import Keys, batches
+from pipeline.data.cityscapes import IGNORE, Cityscapes
+from pipeline.data.loading import Keys
 from pipeline.data.manifest import DataError
 
 
@@ -22,14 +23,6 @@ from pipeline.data.manifest import DataError
 def root(tmp_path: Path) -> Path:
     generated.ensure(tmp_path / "cs", generated.GeneratedCityscapes(train=3, val=2, height=32, width=64))
     return tmp_path / "cs"
-
-
-def write_manifest(root: Path, target: Path) -> Path:
-    rows = [cityscapes.inspect(root, found) for found in cityscapes.find(root)]
-    cityscapes.check(root, rows)
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    target.write_text("\n".join(lines) + "\n")
-    return target
 
 
 def write_pair(root: Path, stem: str, image: np.ndarray, ids: np.ndarray) -> None:
@@ -125,43 +118,28 @@ def test_scales_are_the_published_ones_and_labels_follow_the_image() -> None:
     assert min(seen) == 32 and max(seen) == 80
 
 
-def test_evaluation_is_the_whole_picture_optionally_resized(root: Path, tmp_path: Path) -> None:
-    manifest = write_manifest(root, tmp_path / "m.csv")
-    whole = open_cityscapes(root, manifest, "val", augment=False, seed=0)
+def test_evaluation_is_the_whole_picture_optionally_resized(root: Path, manifest_of: Callable) -> None:
+    manifest = manifest_of(cityscapes, root)
+    whole = Cityscapes(root, manifest, "val")
     images, targets = whole[Keys(0, [1, 0])]
     assert images.shape == (2, 3, 32, 64)
     assert targets.shape == (2, 32, 64)
     assert targets.dtype == torch.int64
     assert set(targets.unique().tolist()) <= {*range(19), IGNORE}
-    half = open_cityscapes(root, manifest, "val", test_size=(16, 32), augment=False, seed=0)
+    half = Cityscapes(root, manifest, "val", test_size=(16, 32))
     assert half[Keys(0, [0])][1].shape == (1, 16, 32)
     assert set(half[Keys(0, [0])][1].unique().tolist()) <= set(targets.unique().tolist())
     ids = cv2.imread(str(root / whole.files[0][1]), cv2.IMREAD_UNCHANGED)
     assert np.array_equal(targets[1], cityscapes.train_ids()[ids])
 
 
-def test_pictures_of_several_sizes_need_a_test_size(root: Path, tmp_path: Path) -> None:
+def test_pictures_of_several_sizes_need_a_test_size(root: Path, manifest_of: Callable) -> None:
     write_pair(root, "val/ulm/ulm_1", np.zeros((20, 30, 3), np.uint8), np.full((20, 30), 7, np.uint8))
-    manifest = write_manifest(root, tmp_path / "m.csv")
+    manifest = manifest_of(cityscapes, root)
     with pytest.raises(DataError, match="several sizes"):
-        open_cityscapes(root, manifest, "val", augment=False, seed=0)[Keys(0, [0, 1, 2])]
-    resized = open_cityscapes(root, manifest, "val", test_size=(16, 24), augment=False, seed=0)
+        Cityscapes(root, manifest, "val")[Keys(0, [0, 1, 2])]
+    resized = Cityscapes(root, manifest, "val", test_size=(16, 24))
     assert resized[Keys(0, [0, 1, 2])][0].shape == (3, 3, 16, 24)
-
-
-def test_samples_do_not_depend_on_batch_or_workers_but_on_the_epoch(root: Path, tmp_path: Path) -> None:
-    manifest = write_manifest(root, tmp_path / "m.csv")
-    dataset = open_cityscapes(root, manifest, "train", crop=(16, 24), augment=True, seed=0)
-    together, targets = dataset[Keys(1, [2, 0])]
-    alone = dataset[Keys(1, [0])]
-    assert torch.equal(together[1], alone[0][0])
-    assert torch.equal(targets[1], alone[1][0])
-    assert not torch.equal(alone[0], dataset[Keys(2, [0])][0])
-    runs = [
-        torch.cat([images for images, _ in batches(dataset, 1, seed=0, epoch=0, shuffle=True, workers=workers)])
-        for workers in (0, 2)
-    ]
-    assert torch.equal(*runs)
 
 
 def test_the_official_zips_become_the_tree(root: Path, tmp_path: Path) -> None:

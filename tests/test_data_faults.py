@@ -8,18 +8,27 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data import cifar10, cityscapes, generated, imagenet
-from pipeline.data.loading import Keys
-from pipeline.data.manifest import DataError, read_summary
+from pipeline.data.cityscapes import Cityscapes
+from pipeline.data.imagenet import ImageNet
+from pipeline.data.loading import Keys, batches
+from pipeline.data.manifest import DataError, located, read_summary
 from pipeline.machine import Machine
 from pipeline.params import PrepareParams
 from pipeline.stages import prepare
 
+TRAIN = {
+    "cifar10": partial(cifar10.open_cifar10, augment=True, seed=3),
+    "imagenet": partial(ImageNet, size=24, augment=True, seed=3),
+    "cityscapes": partial(Cityscapes, crop=(16, 24), augment=True, seed=3),
+}
 PHOTO = Image.effect_noise((40, 30), 60)
 NOT_PRINTABLE = "has a character that cannot be printed; rename it"
 
@@ -109,10 +118,10 @@ def test_what_only_looks_odd_is_taken(machine: Machine) -> None:
     prepared("imagenet", machine)
     manifest = Path("results/data/imagenet/manifest.csv")
     root = machine.root / "data/imagenet"
-    dataset = imagenet.open_imagenet(root, manifest, "train", size=24, augment=False, seed=0)
+    dataset = ImageNet(root, manifest, "train", size=24)
     assert len(dataset) == 4 + 4 and dataset[Keys(0, list(range(8)))][0].isfinite().all()
     rotated = next(i for i in range(8) if "ü" in dataset.name(i))
-    assert imagenet.decode(root, dataset.name(rotated), int(dataset.bytes[rotated])).size == (40, 30)
+    assert imagenet.decode(root, dataset.name(rotated)).size == (40, 30)
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
@@ -135,32 +144,34 @@ def test_a_scene_that_is_turned_or_of_another_depth(machine: Machine) -> None:
     turned[0x0112] = 6
     image.write_bytes(encoded(Image.open(io.BytesIO(content)), "PNG", exif=turned))
     prepared("cityscapes", machine)
-    data = cityscapes.open_cityscapes(
-        machine.root / "data/cityscapes", Path("results/data/cityscapes/manifest.csv"), "train", augment=False, seed=0
-    )
+    data = Cityscapes(*located("cityscapes", machine), "train")
     assert data[Keys(0, [0, 1])][0].shape == (2, 3, 32, 64)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet", "cityscapes"])
+@pytest.mark.parametrize("name", TRAIN)
 def test_a_byte_that_changes_before_training_is_noticed(machine: Machine, name: str) -> None:
     prepared(name, machine)
-    root, manifest = machine.root / "data" / name, Path("results/data", name, "manifest.csv")
-    path = next(
-        path
-        for path in sorted(root.rglob("*"))
-        if "train" in path.parts or path.name == "data_batch_1"
-        if path.is_file()
-    )
+    root = machine.root / "data" / name
+    files = (path for path in sorted(root.rglob("*")) if "train" in path.parts or path.name == "data_batch_1")
+    path = next(path for path in files if path.is_file())
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"{path.name}: not the file of the manifest"):
-        if name == "cifar10":
-            cifar10.open_cifar10(root, manifest, "train", augment=False, seed=0)
-        elif name == "imagenet":
-            imagenet.open_imagenet(root, manifest, "train", size=24, augment=True, seed=0)[Keys(0, [0, 1, 2, 3])]
-        else:
-            cityscapes.open_cityscapes(root, manifest, "train", augment=False, seed=0)[Keys(0, [0, 1])]
+        TRAIN[name](*located(name, machine), "train")[Keys(0, [0, 1])]
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_samples_depend_on_epoch_and_index_alone(machine: Machine, name: str) -> None:
+    """Not on their batch, and not on the workers."""
+    prepared(name, machine)
+    dataset = TRAIN[name](*located(name, machine), "train")
+    together, alone = (dataset[Keys(4, indices)] for indices in ([1, 0], [0]))
+    assert all(torch.equal(whole[1], single[0]) for whole, single in zip(together, alone, strict=True))
+    assert not torch.equal(alone[0], dataset[Keys(5, [0])][0])
+    loaders = (batches(dataset, 1, seed=1, epoch=2, shuffle=True, workers=workers) for workers in (0, 2))
+    assert torch.equal(*(torch.cat([images for images, _ in loader]) for loader in loaders))
+    assert len(TRAIN[name](*located(name, machine), "train", limit=1)) == 1 < len(dataset)
 
 
 def test_a_manifest_edited_by_hand_is_refused(machine: Machine) -> None:
@@ -200,12 +211,17 @@ def test_bombs_are_refused_unopened(tmp_path: Path) -> None:
 
 
 def test_damaged_archives_are_named(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("gtFine/train/x/a.png", bytes(range(256)) * 40)
+    spoiled = bytearray(content.getvalue())
+    spoiled[60:90] = bytes([255] * 30)  # within the compressed stream, which has no checksum of its own
     for name, unpack in (
         (cifar10.ARCHIVE, cifar10.unpack),
         (imagenet.TRAIN_ARCHIVE, imagenet.unpack),
         (cityscapes.ARCHIVES["gtFine"], cityscapes.unpack),
     ):
-        for content in (b"", b"junk" * 300, encoded(PHOTO)):
+        for content in (b"", b"junk" * 300, encoded(PHOTO), bytes(spoiled)):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(DataError, match=f"{name}: cannot be unpacked") as caught:
                 unpack(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline.data import generated, imagenet
-from pipeline.data.imagenet import open_imagenet
-from pipeline.data.loading import Keys, batches
+from pipeline.data.imagenet import ImageNet
+from pipeline.data.loading import Keys
 from pipeline.data.manifest import DataError
 
 
@@ -23,14 +24,6 @@ def root(tmp_path: Path) -> Path:
     params = generated.GeneratedImageNet(classes=2, train_per_class=3, val_per_class=2)
     generated.ensure(tmp_path / "imagenet", params)
     return tmp_path / "imagenet"
-
-
-def write_manifest(root: Path, target: Path) -> Path:
-    rows = [imagenet.inspect(root, found) for found in imagenet.find(root)]
-    imagenet.check(root, rows)
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    target.write_text("\n".join(lines) + "\n")
-    return target
 
 
 def jpeg(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
@@ -61,7 +54,7 @@ def test_rows_say_what_is_there(root: Path) -> None:
         assert (root / str(row["path"])).stat().st_size == row["bytes"]
 
 
-def test_what_does_not_belong_or_cannot_be_decoded_is_named(root: Path) -> None:
+def test_what_does_not_belong_or_cannot_be_decoded_is_named(root: Path, manifest_of: Callable) -> None:
     image = next((root / "train/n01558993").iterdir())
     found = imagenet.Found("train", (f"train/n01558993/{image.name}",))
     content = image.read_bytes()
@@ -77,14 +70,14 @@ def test_what_does_not_belong_or_cannot_be_decoded_is_named(root: Path) -> None:
         imagenet.find(root)
     (root / "val/n09999999/a.JPEG").write_bytes(jpeg())
     with pytest.raises(DataError, match="train/n09999999: no such folder"):
-        write_manifest(root, root / "manifest.csv")
+        manifest_of(imagenet, root)
     (root / "val/n09999999/notes.txt").write_text("")
     with pytest.raises(DataError, match=r"notes\.txt"):
         imagenet.find(root)
 
 
-def test_evaluation_crops_as_torchvision_does(root: Path, tmp_path: Path) -> None:
-    dataset = open_imagenet(root, write_manifest(root, tmp_path / "m.csv"), "val", size=64, augment=False, seed=0)
+def test_evaluation_crops_as_torchvision_does(root: Path, manifest_of: Callable) -> None:
+    dataset = ImageNet(root, manifest_of(imagenet, root), "val", size=64)
     short = round(64 * 256 / 224)
     reference = v2.Compose(
         [
@@ -112,29 +105,8 @@ def test_random_crops_of_any_shape_fill_the_square(size: tuple[int, int]) -> Non
 
 def test_any_colour_space_becomes_rgb(root: Path) -> None:
     for mode in ("L", "CMYK", "RGB"):
-        content = jpeg((50, 40), mode)
-        (root / f"{mode}.JPEG").write_bytes(content)
-        assert imagenet.decode(root, f"{mode}.JPEG", len(content)).mode == "RGB"
-
-
-def test_samples_do_not_depend_on_batch_or_workers_but_on_the_epoch(root: Path, tmp_path: Path) -> None:
-    dataset = open_imagenet(root, write_manifest(root, tmp_path / "m.csv"), "train", size=32, augment=True, seed=1)
-    together, _ = dataset[Keys(2, [5, 1, 0])]
-    assert torch.equal(together[1], dataset[Keys(2, [1])][0][0])
-    assert not torch.equal(together[1], dataset[Keys(3, [1])][0][0])
-    runs = [
-        torch.cat([images for images, _ in batches(dataset, 2, seed=1, epoch=0, shuffle=True, workers=workers)])
-        for workers in (0, 2)
-    ]
-    assert torch.equal(*runs)
-
-
-def test_a_picture_changed_after_the_manifest_is_named(root: Path, tmp_path: Path) -> None:
-    dataset = open_imagenet(root, write_manifest(root, tmp_path / "m.csv"), "val", size=32, augment=False, seed=1)
-    changed = root / dataset.paths[2].decode()
-    changed.write_bytes(jpeg())
-    with pytest.raises(DataError, match=changed.name):
-        dataset[Keys(0, [2])]
+        (root / f"{mode}.JPEG").write_bytes(jpeg((50, 40), mode))
+        assert imagenet.decode(root, f"{mode}.JPEG").mode == "RGB"
 
 
 def official_archives(root: Path) -> dict[str, bytes]:

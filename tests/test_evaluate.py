@@ -24,7 +24,7 @@ from pipeline.machine import Machine
 from pipeline.metrics import ConfusionMatrix
 from pipeline.params import EvaluateParams
 from pipeline.stages import evaluate
-from pipeline.trained import First, Trained, load
+from pipeline.trained import Trained, load
 
 CONFIG = MDEQConfig(channels=(8, 8), expansion=1, groups=2)
 HEAD = ClassificationHeadConfig(channels=(2, 2), final_channels=8)
@@ -35,7 +35,7 @@ class Split:
     """Tensors as a data set of batches."""
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor, classes: int) -> None:
-        self.images, self.targets, self.classes = images, targets, classes
+        self.images, self.targets, self.classes, self.names = images, targets, classes, tuple("abcdefghij"[:classes])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -44,7 +44,7 @@ class Split:
         return self.images[keys.indices], self.targets[keys.indices]
 
 
-def make(network: torch.nn.Module, split: Split | First, names: tuple[str, ...]) -> Trained:
+def make(network: torch.nn.Module, split: Split, names: tuple[str, ...]) -> Trained:
     facts: dict[str, str | int] = {"data/source": "generated", "data/digest": "0123", "samples": len(split)}
     return Trained(network.double().eval(), split, names, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), facts)
 
@@ -210,13 +210,6 @@ def test_a_sample_without_a_finite_iterate_is_counted_not_averaged(classifier: T
     assert values["solver/relative_residual"] == pytest.approx(float(solution.relative[1].detach()))
 
 
-def test_a_limit_keeps_the_first_samples(classifier: Trained, machine: Machine) -> None:
-    part = First(classifier.split, 5)
-    values, matrix = evaluate.evaluate(make(classifier.network, part, classifier.names), 4, machine, "test")
-    assert matrix.counts.sum() == 5 and part.classes == 7 and len(First(classifier.split, 50)) == 11
-    assert np.isfinite(values["eval/top1"])
-
-
 def test_a_picture_is_the_photo_again(classifier: Trained) -> None:
     photo = np.random.default_rng(0).random((8, 8, 3))
     image = torch.from_numpy((photo - 0.5) / 0.25).permute(2, 0, 1)
@@ -236,11 +229,10 @@ def test_loading_says_what_is_missing_and_what_does_not_fit(
     Path("results/data/cifar10").mkdir(parents=True)
     Path("results/data/cifar10/manifest.csv").write_bytes(b"")
     Path("results/data/cifar10/summary.json").write_text(json.dumps({"source": "folder", "manifest": checksum(b"")}))
-    opened = classifier.split, classifier.names, (classifier.mean, classifier.std)
-    monkeypatch.setattr(trained_module, "_open", lambda *_: opened)
-    found = load("cifar10", "tiny", machine, limit=3)
-    assert found.facts["samples"] == 3 and found.facts["data/source"] == "folder"
+    monkeypatch.setattr(trained_module, "_open", lambda *_: classifier.split)
+    found = load("cifar10", "tiny", machine)
+    assert found.facts["samples"] == 11 and found.facts["data/source"] == "folder"
     other = Split(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 10)
-    monkeypatch.setattr(trained_module, "_open", lambda *_: (other, (), ((), ())))
+    monkeypatch.setattr(trained_module, "_open", lambda *_: other)
     with pytest.raises(DataError, match="trained for 7 classes, but the data have 10"):
         load("cifar10", "tiny", machine)

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from mdeq import Broyden, ClassificationHeadConfig, FixedPoint, MDEQConfig, SegmentationHeadConfig
 from mdeq.baselines import ResNetConfig
-from pipeline import predict
+from pipeline import figures, predict
 from pipeline.checkpoints import Architecture, save_model
 from pipeline.cli import app
 from pipeline.data import cityscapes
+from pipeline.data.manifest import DataError
 from pipeline.inference import Predictor
 from pipeline.machine import Machine
 
@@ -80,6 +81,34 @@ def test_a_standing_video_is_solved_once_and_answered_as_from_zero(workspace: Pa
     assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.read()[1].shape == (24, 32, 3)
 
 
+def test_a_strip_shows_frames_evenly_in_their_order(
+    workspace: Path, streets: Path, things: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("frames").mkdir()
+    predictor, drawn = Predictor(streets, Machine(workspace)), []
+    with pytest.raises(DataError, match="no picture in it"):
+        predict.strip(predictor, Path("frames"), 2, Path("strip.png"))
+    for number in range(3):
+        cv2.imwrite(f"frames/{number:03}.png", noise(24, 32, number)[..., ::-1])
+    original = figures.strip
+    monkeypatch.setattr(figures, "strip", lambda *arguments: drawn.append(arguments) or original(*arguments))
+    predict.strip(predictor, Path("frames"), 2, Path("strip.png"))
+    ((shown, predictions, _, _),) = drawn
+    assert Path("strip.png").stat().st_size > 1000
+    for seed, frame, prediction in zip((0, 2), shown, predictions, strict=True):
+        assert np.array_equal(frame, noise(24, 32, seed))
+        pixels = (frame / 255 - np.array(cityscapes.MEAN)) / np.array(cityscapes.STD)
+        with torch.no_grad():
+            logits = predictor.network(torch.from_numpy(pixels).float().permute(2, 0, 1)[None]).logits
+        large = torch.nn.functional.interpolate(logits, (24, 32), mode="bilinear", align_corners=True)
+        assert np.mean(large[0].argmax(0).numpy() == prediction) > 0.99
+    cv2.imwrite("frames/999.png", noise(8, 32))
+    with pytest.raises(DataError, match="999.png: of another size"):
+        predict.strip(predictor, Path("frames"), 2, Path("strip.png"))
+    with pytest.raises(DataError, match="does not segment"):
+        predict.strip(Predictor(things, Machine(workspace)), Path("frames"), 2, Path("strip.png"))
+
+
 def test_photos_know_nothing_of_each_other(workspace: Path, streets: Path) -> None:
     for seed in range(2):
         cv2.imwrite(f"{seed}.png", noise(24, 32, seed)[..., ::-1])
@@ -119,6 +148,9 @@ def test_an_explicit_model_answers_without_a_solve(workspace: Path) -> None:
     cv2.imwrite("a.png", noise(50, 40)[..., ::-1])
     code, said, _ = invoke(explicit, "a.png", "--out", "out")
     assert code == 0 and said.splitlines()[0] == "photos: 1 picture"
+    (film,) = predict.clips([Path("a.png").parent], video=True)
+    answered = predict._answered(Predictor(explicit, Machine(workspace)), film, compare=True)
+    assert [list(answers) for _, _, answers in answered] == [["zero"]]
 
 
 def test_a_state_of_another_size_is_refused(workspace: Path, streets: Path) -> None:

@@ -51,7 +51,7 @@ def test_outputs_and_the_same_bytes_again(name: str, machine: Machine, monkeypat
     assert min(Image.open(f"results/data/{name}/contact_sheet.png").size) > 100
 
     shutil.rmtree("results")  # as DVC does before a stage
-    monkeypatch.setattr(prepare.format_of(name), "inspect", None)  # nothing may be read again
+    monkeypatch.setattr(prepare.FORMATS[name], "inspect", None)  # nothing may be read again
     prepare.run(name, PARAMS[name], machine)
     assert outputs(name) == first
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
-import shutil
-import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.manifest import MEMBER, DataError, Found, Manifest, Row, checksum, read_bytes
+from pipeline.data.archives import tarred, unpacking
+from pipeline.data.manifest import DataError, Found, Manifest, Row, checksum, read_bytes, totals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,9 +120,9 @@ def inspect(root: Path, found: Found) -> Row:
     path = found.files[0]
     content = read_bytes(root, path)
     images, labels = images_and_labels(content, root / path)
-    counts = np.bincount(labels, minlength=len(CLASSES)).tolist()
     row: Row = {"path": path, "split": found.split, "images": len(images), "width": 32, "height": 32}
-    return row | dict(zip(CLASSES, counts, strict=True)) | {"bytes": len(content), "checksum": checksum(content)}
+    row |= {name: int((labels == label).sum()) for label, name in enumerate(CLASSES)}
+    return row | {"bytes": len(content), "checksum": checksum(content)}
 
 
 def check(root: Path, rows: list[Row]) -> None:
@@ -133,44 +131,25 @@ def check(root: Path, rows: list[Row]) -> None:
     names = read_batch(read_bytes(root, f"{FOLDER}/batches.meta"), meta).get(b"label_names")
     if names != [name.encode() for name in CLASSES]:
         raise DataError(f"{meta}: label_names are not CIFAR-10's ten classes")
-    for split in ("train", "test"):
-        for name, count in counts(rows)[split].items():
+    for split, classes in counts(rows).items():
+        for name, count in classes.items():
             if not count:
                 raise DataError(f"{root / FOLDER}: the {split} batches hold no image of the class {name}")
 
 
 def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
     """Return the number of images of each split and class."""
-    return {
-        split: {name: sum(int(row[name]) for row in rows if row["split"] == split) for name in CLASSES}
-        for split in ("train", "test")
-    }
+    return totals(rows, CLASSES)
 
 
 def unpack(root: Path) -> None:
     """Unpack the official archive, where it lies in `root` and its folder does not."""
-    archive = root / ARCHIVE
+    archive, names = root / ARCHIVE, r"data_batch_[1-5]|test_batch|batches\.meta|readme\.html"
     if (root / FOLDER).exists() or not archive.is_file():
         return
-    partial = root / f"{FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                name = re.fullmatch(rf"{FOLDER}/(data_batch_[1-5]|test_batch|batches\.meta|readme\.html)", member.name)
-                content = tar.extractfile(member) if name and member.isreg() else None
-                if member.size > MEMBER:
-                    raise DataError(
-                        f"{archive}: holds {member.name!r} of {member.size:,} bytes, far more than a batch has"
-                    )
-                if name and content:
-                    (partial / name[1]).write_bytes(content.read())
-                elif not member.isdir():
-                    raise DataError(f"{archive}: holds {member.name!r}, which the official archive does not")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{archive}: cannot be unpacked ({error})") from None
-    partial.rename(root / FOLDER)
+    with unpacking(archive, root / FOLDER) as folder:
+        for name, file in tarred(archive, rf"{FOLDER}/({names})"):
+            (folder / Path(name).name).write_bytes(file.read())
 
 
 def download(root: Path) -> None:
@@ -207,10 +186,10 @@ class Cifar10:
     What is drawn at random is drawn on the CPU, so that every device makes the same samples.
     """
 
-    classes = len(CLASSES)
+    names, classes = CLASSES, len(CLASSES)
 
     def __init__(
-        self, images: np.ndarray, labels: np.ndarray, *, augment: bool, seed: int, device: str = "cpu"
+        self, images: np.ndarray, labels: np.ndarray, *, augment: bool = False, seed: int = 0, device: str = "cpu"
     ) -> None:
         """Hold `images` (N, 3, 32, 32) uint8 and `labels` (N,) on `device`."""
         import torch
@@ -227,14 +206,13 @@ class Cifar10:
         """Return the batch of `keys`, normalised; augmented as (seed, epoch, index) say."""
         import torch
 
-        device = self.images.device
-        indices = torch.as_tensor(keys.indices, device=device)
+        from pipeline.data.loading import normalised
+
+        indices = torch.as_tensor(keys.indices, device=self.images.device)
         images = self.images[indices]
         if self.augment:
             images = self._crop_and_flip(images, keys)
-        mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-        std = torch.tensor(STD, device=device).view(3, 1, 1)
-        return (images.float() / 255 - mean) / std, self.labels[indices]
+        return normalised(images, MEAN, STD), self.labels[indices]
 
     def name(self, index: int) -> str:
         """Return which image of the split it is."""
@@ -261,16 +239,16 @@ def open_cifar10(
     manifest: Path,
     split: str,
     *,
-    augment: bool,
-    seed: int,
+    augment: bool = False,
+    seed: int = 0,
     limit: int | None = None,
     device: str = "cpu",
 ) -> Cifar10:
     """Load a split (train or test; its first `limit` images) onto `device`, its files checked against the manifest."""
     rows = Manifest.read(manifest).split(split)
-    parts = []
-    for path, size, expected in zip(rows["path"], rows["bytes"], rows["checksum"], strict=True):
-        content = read_bytes(root, path, int(size), expected)
-        parts.append(images_and_labels(content, root / path))
+    parts = [
+        images_and_labels(read_bytes(root, path, expected), root / path)
+        for path, expected in zip(rows["path"], rows["checksum"], strict=True)
+    ]
     images, labels = (np.concatenate(part)[:limit] for part in zip(*parts, strict=True))
     return Cifar10(images, labels, augment=augment, seed=seed, device=device)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import zipfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.data.archives import unpacking, zipped
 from pipeline.data.manifest import (
-    MEMBER,
     DataError,
     Found,
     Manifest,
@@ -22,11 +19,12 @@ from pipeline.data.manifest import (
     files,
     folders,
     image_size,
-    progress,
     read_bytes,
+    totals,
 )
 
 if TYPE_CHECKING:
+    from cityscapesscripts.helpers.labels import Label
     from torch import Tensor
 
     from pipeline.data.loading import Keys
@@ -45,24 +43,36 @@ STD = (0.229, 0.224, 0.225)
 
 
 @cache
-def class_names() -> tuple[str, ...]:
-    """Return the names of the 19 train ids, in their order."""
+def _classes() -> list[Label]:
+    """The official labels that have a train id, in its order."""
     from cityscapesscripts.helpers.labels import labels
 
-    train = {label.trainId: label.name for label in labels if 0 <= label.trainId < IGNORE}
-    return tuple(train[i] for i in range(len(train)))
+    return sorted((label for label in labels if 0 <= label.trainId < IGNORE), key=lambda label: label.trainId)
+
+
+@cache
+def class_names() -> tuple[str, ...]:
+    """Return the names of the 19 train ids, in their order."""
+    return tuple(label.name for label in _classes())
 
 
 @cache
 def colours() -> np.ndarray:
     """Return the official RGB colour of each train id, (256, 3) uint8; black for what is ignored."""
-    from cityscapesscripts.helpers.labels import labels
-
     table = np.zeros((256, 3), np.uint8)
-    for label in labels:
-        if 0 <= label.trainId < IGNORE:
-            table[label.trainId] = label.color
+    table[: len(_classes())] = [label.color for label in _classes()]
     return table
+
+
+def overlay(image: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) under the colours of its train ids (H, W)."""
+    return (image * 0.4 + colours()[label] * 0.6).astype(np.uint8)
+
+
+@cache
+def label_ids() -> np.ndarray:
+    """Return the label id of each train id, (19,) uint8: what the official evaluation reads."""
+    return np.array([label.id for label in _classes()], np.uint8)
 
 
 @cache
@@ -71,19 +81,9 @@ def train_ids() -> np.ndarray:
     from cityscapesscripts.helpers.labels import labels
 
     table = np.full(256, UNKNOWN, np.uint8)
-    for label in labels:
-        if label.id >= 0:
-            table[label.id] = label.trainId if 0 <= label.trainId < IGNORE else IGNORE
+    table[[label.id for label in labels if label.id >= 0]] = IGNORE
+    table[label_ids()] = np.arange(len(_classes()))
     return table
-
-
-@cache
-def label_ids() -> np.ndarray:
-    """Return the label id of each train id, (19,) uint8: what the official evaluation reads."""
-    from cityscapesscripts.helpers.labels import labels
-
-    found = {label.trainId: label.id for label in labels if 0 <= label.trainId < IGNORE}
-    return np.array([found[i] for i in range(len(found))], np.uint8)
 
 
 def read_label(root: Path, path: str, content: bytes) -> np.ndarray:
@@ -139,11 +139,9 @@ def inspect(root: Path, found: Found) -> Row:
     path, label_path = found.files
     content, label_content = (read_bytes(root, file) for file in found.files)
     width, height = image_size(root, path, content)
-    label_size = image_size(root, label_path, label_content)
-    if label_size != (width, height):
-        raise DataError(
-            f"{root / label_path}: {label_size[0]} x {label_size[1]} pixels, but its image has {width} x {height}"
-        )
+    own = image_size(root, label_path, label_content)
+    if own != (width, height):
+        raise DataError(f"{root / label_path}: {own[0]} x {own[1]} pixels, but its image has {width} x {height}")
     pixels = np.bincount(read_label(root, label_path, label_content).ravel(), minlength=256)
     row: Row = {"path": path, "label_path": label_path, "split": found.split, "city": path.split("/")[2]}
     row |= {"width": width, "height": height, "bytes": len(content), "label_bytes": len(label_content)}
@@ -160,41 +158,21 @@ def check(root: Path, rows: list[Row]) -> None:
 
 def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
     """Return the number of pixels of each split and class, and of those ignored."""
-    names = (*class_names(), "ignored")
-    return {
-        split: {name: sum(int(row[name]) for row in rows if row["split"] == split) for name in names}
-        for split in SPLITS
-    }
+    return totals(rows, (*class_names(), "ignored"))
 
 
 def unpack(root: Path) -> None:
     """Unpack the two official zips, each where its part of the tree is missing."""
     for kind, name in ARCHIVES.items():
-        if not (root / kind).exists() and (root / name).is_file():
-            _unpack(root, kind, root / name)
-
-
-def _unpack(root: Path, kind: str, archive: Path) -> None:
-    """Write the zip's files of one kind; names are matched whole: nothing can land outside the folder."""
-    partial = root / f"{kind}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            for member in progress(zipped.infolist(), f"Unpacking {archive.name}"):
-                name = re.fullmatch(rf"{kind}/((train|val|test)/\w+/[\w-]+\.(png|json))", member.filename)
-                if member.is_dir() or member.filename in ("README", "license.txt"):
-                    continue
-                if name is None or member.external_attr >> 28 not in (0, 8):
-                    raise DataError(f"{archive}: holds {member.filename!r}, which the official archive does not")
-                if member.file_size > MEMBER:
-                    size = f"{member.file_size:,} bytes, far more than a picture has"
-                    raise DataError(f"{archive}: holds {member.filename!r} of {size}")
-                (partial / name[1]).parent.mkdir(parents=True, exist_ok=True)
-                with zipped.open(member) as file, (partial / name[1]).open("wb") as out:
-                    shutil.copyfileobj(file, out)
-        partial.rename(root / kind)
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{archive}: cannot be unpacked ({error})") from None
+        if (root / kind).exists() or not (root / name).is_file():
+            continue
+        with unpacking(root / name, root / kind) as folder:
+            pattern = rf"{kind}/(train|val|test)/\w+/[\w-]+\.(png|json)|README|license\.txt"
+            for member, file in zipped(root / name, pattern):
+                if "/" in member:
+                    path = folder / Path(member).relative_to(kind)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(file.read())
 
 
 def download(root: Path) -> None:
@@ -241,10 +219,8 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
     chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, 2 * each).astype(int))]
     pictures = []
     for row in chosen:
-        image, label = read_pair(
-            root, str(row["path"]), str(row["label_path"]), int(row["bytes"]), int(row["label_bytes"])
-        )
-        pictures.append((str(row["city"]), [image, (image * 0.3 + colours()[label] * 0.7).astype(np.uint8)]))
+        image, label = read_pair(root, str(row["path"]), str(row["label_path"]))
+        pictures.append((str(row["city"]), [image, overlay(image, label)]))
     return pictures
 
 
@@ -252,22 +228,16 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
 
 
 def read_pair(
-    root: Path,
-    path: str,
-    label_path: str,
-    size: int | None = None,
-    label_size: int | None = None,
-    expected: str | None = None,
-    label_expected: str | None = None,
+    root: Path, path: str, label_path: str, expected: str | None = None, label_expected: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image (H, W, 3) RGB and its train ids (H, W), both uint8; sizes and checksums are the manifest's."""
+    """Return an image (H, W, 3) RGB and its train ids (H, W), both uint8; checksums are the manifest's."""
     import cv2
 
-    content = np.frombuffer(read_bytes(root, path, size, expected), np.uint8)
+    content = np.frombuffer(read_bytes(root, path, expected), np.uint8)
     image = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # the label is not turned either
     if image is None:
         raise DataError(f"{root / path}: not a readable image")
-    return image[..., ::-1], read_label(root, label_path, read_bytes(root, label_path, label_size, label_expected))
+    return image[..., ::-1], read_label(root, label_path, read_bytes(root, label_path, label_expected))
 
 
 def resized(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -276,11 +246,10 @@ def resized(image: np.ndarray, label: np.ndarray, height: int, width: int) -> tu
 
     if image.shape[:2] == (height, width):
         return image, label
-    size = (width, height)
-    shrinks = height < image.shape[0]
+    linear = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
     return (
-        cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR),
-        cv2.resize(label, size, interpolation=cv2.INTER_NEAREST),
+        cv2.resize(image, (width, height), interpolation=linear),
+        cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST),
     )
 
 
@@ -298,20 +267,11 @@ def cut(
     image: np.ndarray, label: np.ndarray, crop: tuple[int, int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut `crop` (h, w) at random; a smaller picture is padded below and on the right."""
-    height, width = crop
-    below, beside = (max(0, want - have) for want, have in zip(crop, label.shape, strict=True))
-    if below or beside:
-        image = np.pad(image, ((0, below), (0, beside), (0, 0)))
-        label = np.pad(label, ((0, below), (0, beside)), constant_values=IGNORE)
-    top = int(rng.integers(0, label.shape[0] - height + 1))
-    left = int(rng.integers(0, label.shape[1] - width + 1))
-    return image[top : top + height, left : left + width], label[top : top + height, left : left + width]
-
-
-def frames(manifest: Path, split: str) -> tuple[tuple[str, int, int], ...]:
-    """Return (path, width, height) of each image of a split, in its order."""
-    rows = Manifest.read(manifest).split(split)
-    return tuple((str(p), int(w), int(h)) for p, w, h in zip(rows["path"], rows["width"], rows["height"], strict=True))
+    top, left = (int(rng.integers(0, max(0, have - want) + 1)) for want, have in zip(crop, label.shape, strict=True))
+    part = slice(top, top + crop[0]), slice(left, left + crop[1])
+    image, label = image[part], label[part]
+    below, beside = ((0, want - have) for want, have in zip(crop, label.shape, strict=True))
+    return np.pad(image, (below, beside, (0, 0))), np.pad(label, (below, beside), constant_values=IGNORE)
 
 
 def write_prediction(folder: Path, frame: tuple[str, int, int], prediction: np.ndarray) -> None:
@@ -326,26 +286,33 @@ def write_prediction(folder: Path, frame: tuple[str, int, int], prediction: np.n
 
 
 class Cityscapes:
-    """A split of Cityscapes; `dataset[keys]` reads a batch: images (B, 3, H, W), train ids (B, H, W)."""
+    """A split of Cityscapes; `dataset[keys]` reads a batch: images (B, 3, H, W), train ids (B, H, W).
+
+    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`; without, the whole
+    picture, resized to `test_size` (h, w) where given.
+    """
 
     def __init__(
         self,
         root: Path,
-        rows: Manifest,
+        manifest: Path,
+        split: str,
         *,
-        crop: tuple[int, int] | None,
-        test_size: tuple[int, int] | None,
-        augment: bool,
-        seed: int,
+        crop: tuple[int, int] | None = None,
+        test_size: tuple[int, int] | None = None,
+        augment: bool = False,
+        seed: int = 0,
+        limit: int | None = None,
     ) -> None:
-        """Hold the manifest's `rows`; pairs are read when asked for."""
+        """Open a split (train or val; its first `limit` pairs); `frames` are its photos' paths, widths and heights."""
         self.root, self.crop, self.test_size, self.augment, self.seed = root, crop, test_size, augment, seed
-        self.classes = len(class_names())
-        columns = ("path", "label_path", "bytes", "label_bytes", "checksum", "label_checksum")
-        self.files = [
-            (image, label, int(size), int(label_size), *checksums)
-            for image, label, size, label_size, *checksums in zip(*(rows[name] for name in columns), strict=True)
-        ]
+        self.names = class_names()
+        self.classes = len(self.names)
+        rows = Manifest.read(manifest).split(split, limit)
+        columns = ("path", "label_path", "checksum", "label_checksum")
+        self.files = list(zip(*(rows[name] for name in columns), strict=True))
+        sizes = (map(int, rows[name]) for name in ("width", "height"))
+        self.frames = tuple(zip(rows["path"], *sizes, strict=True))
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -355,6 +322,8 @@ class Cityscapes:
         """Return the batch of `keys`, normalised; augmented as (seed, epoch, index) say."""
         import torch
 
+        from pipeline.data.loading import normalised
+
         pairs = [self._pair(keys.epoch, index) for index in keys.indices]
         sizes = {label.shape for _, label in pairs}
         if len(sizes) > 1:
@@ -362,9 +331,8 @@ class Cityscapes:
                 f"{self.root}: pictures of several sizes in a batch: {', '.join(map(str, sorted(sizes)))}; "
                 "set test_size or a batch of 1"
             )
-        images = torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2).float() / 255
-        images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return images.contiguous(), torch.from_numpy(np.stack([label for _, label in pairs])).long()
+        images, labels = (torch.from_numpy(np.stack(parts)) for parts in zip(*pairs, strict=True))
+        return normalised(images.permute(0, 3, 1, 2), MEAN, STD), labels.long()
 
     def name(self, index: int) -> str:
         """Return an image's path in the data root."""
@@ -374,29 +342,6 @@ class Cityscapes:
         from pipeline.data.loading import draw
 
         image, label = read_pair(self.root, *self.files[index])
-        if self.augment and self.crop:
-            return augmented(image, label, self.crop, draw(self.seed, epoch, index))
-        if self.crop:
-            return cut(image, label, self.crop, draw(self.seed, epoch, index))
-        return resized(image, label, *self.test_size) if self.test_size else (image, label)
-
-
-def open_cityscapes(
-    root: Path,
-    manifest: Path,
-    split: str,
-    *,
-    crop: tuple[int, int] | None = None,
-    test_size: tuple[int, int] | None = None,
-    augment: bool,
-    seed: int,
-) -> Cityscapes:
-    """Open a split (train or val) through its manifest.
-
-    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`; without, the
-    whole picture, resized to `test_size` (h, w) where given.
-    """
-    if augment and crop is None:
-        raise ValueError("augmentation needs a crop")
-    rows = Manifest.read(manifest).split(split)
-    return Cityscapes(root, rows, crop=crop, test_size=test_size, augment=augment, seed=seed)
+        if self.crop is None:
+            return resized(image, label, *(self.test_size or label.shape))
+        return (augmented if self.augment else cut)(image, label, self.crop, draw(self.seed, epoch, index))

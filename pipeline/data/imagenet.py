@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
-import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.data.archives import DAMAGED, MEMBER, tarred, unpacking
 from pipeline.data.manifest import (
-    MEMBER,
     DataError,
     Found,
     Manifest,
@@ -71,13 +69,7 @@ def inspect(root: Path, found: Found) -> Row:
     path = found.files[0]
     content = read_bytes(root, path)
     width, height = image_size(root, path, content)
-    row: Row = {
-        "path": path,
-        "split": found.split,
-        "class": path.split("/")[1],
-        "width": width,
-        "height": height,
-    }
+    row: Row = {"path": path, "split": found.split, "class": path.split("/")[1], "width": width, "height": height}
     return row | {"bytes": len(content), "checksum": checksum(content)}
 
 
@@ -99,87 +91,49 @@ def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
 
 def unpack(root: Path) -> None:
     """Unpack the official archives into the tree, each where its part of the tree is missing."""
-    if not (root / "train").exists() and (root / TRAIN_ARCHIVE).is_file():
-        _unpack(root, "train", TRAIN_ARCHIVE, _unpack_train)
-    if not (root / "val").exists() and (root / VAL_ARCHIVE).is_file():
-        _unpack(root, "val", VAL_ARCHIVE, _unpack_val)
+    for split, name, how in (("train", TRAIN_ARCHIVE, _unpack_train), ("val", VAL_ARCHIVE, _unpack_val)):
+        if not (root / split).exists() and (root / name).is_file():
+            with unpacking(root / name, root / split) as folder:
+                how(root / name, folder)
 
 
-def _unpack(root: Path, split: str, archive: str, how: Callable[[Path, Path], None]) -> None:
-    partial = root / f"{split}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        how(root, partial)
-        partial.rename(root / split)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{root / archive}: cannot be unpacked ({error})") from None
+def _unpack_train(archive: Path, folder: Path) -> None:
+    for name, content in progress(tarred(archive, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"):
+        own = folder / name.removesuffix(".tar")
+        own.mkdir()
+        for image, file in tarred(archive, rf"{own.name}_\d+\.JPEG", content):
+            (own / image).write_bytes(file.read())
 
 
-def _members(archive: Path, content: IO[bytes] | None, pattern: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield (name, open file) of a tar; anything that is not a plain file named as expected is refused.
-
-    Names are matched whole against `pattern`, which knows no slash: nothing can land outside its folder, and
-    links and devices are no plain files.
-    """
-    with tarfile.open(archive if content is None else None, fileobj=content) as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.isreg() and re.fullmatch(pattern, member.name) else None
-            if file is None:
-                raise DataError(f"{archive}: holds {member.name!r}, which the official archive does not")
-            if member.size > MEMBER and not member.name.endswith(".tar"):
-                raise DataError(
-                    f"{archive}: holds {member.name!r} of {member.size:,} bytes, far more than a picture has"
-                )
-            yield member.name, file
-
-
-def _unpack_train(root: Path, target: Path) -> None:
-    archive = root / TRAIN_ARCHIVE
-    for name, content in progress(_members(archive, None, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"):
-        wnid = name.removesuffix(".tar")
-        (target / wnid).mkdir()
-        for image, file in _members(archive, content, rf"{wnid}_\d+\.JPEG"):
-            with (target / wnid / image).open("wb") as out:
-                shutil.copyfileobj(file, out)
-
-
-def _unpack_val(root: Path, target: Path) -> None:
-    wnids = validation_wnids(root / DEVKIT)
-    archive = root / VAL_ARCHIVE
+def _unpack_val(archive: Path, folder: Path) -> None:
+    wnids = validation_wnids(archive.with_name(DEVKIT))
     for wnid in set(wnids):
-        (target / wnid).mkdir()
-    for name, file in progress(
-        _members(archive, None, r"ILSVRC2012_val_\d{8}\.JPEG"),
-        "Unpacking ImageNet's validation images",
-        len(wnids),
-    ):
+        (folder / wnid).mkdir()
+    images = tarred(archive, r"ILSVRC2012_val_\d{8}\.JPEG")
+    for name, file in progress(images, "Unpacking ImageNet's validation images", len(wnids)):
         number = int(name[-13:-5])
         if not 1 <= number <= len(wnids):
-            raise DataError(f"{archive}: holds {name}, but {root / DEVKIT} has {len(wnids)} labels")
-        with (target / wnids[number - 1] / name).open("wb") as out:
-            shutil.copyfileobj(file, out)
+            raise DataError(f"{archive}: holds {name}, but {archive.with_name(DEVKIT)} has {len(wnids)} labels")
+        (folder / wnids[number - 1] / name).write_bytes(file.read())
 
 
 def validation_wnids(devkit: Path) -> list[str]:
     """Return the wnid of each validation image, in their order, from the official devkit archive."""
     from scipy.io import loadmat
 
-    wanted = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
     content: dict[str, bytes] = {}
     try:
         with tarfile.open(devkit) as tar:
             for member in tar:
-                name = member.name.partition("/")[2]
-                file = tar.extractfile(member) if member.isreg() and name in wanted else None
-                if file and member.size <= MEMBER:
-                    content[name] = file.read()
-        synsets = loadmat(io.BytesIO(content[wanted[0]]), squeeze_me=True)["synsets"]
+                file = tar.extractfile(member) if member.isreg() and member.size <= MEMBER else None
+                if file:
+                    content[Path(member.name).name] = file.read()
+        synsets = loadmat(io.BytesIO(content["meta.mat"]), squeeze_me=True)["synsets"]
         wnid = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if not entry["num_children"]}
-        wnids = [wnid[int(line)] for line in content[wanted[1]].split()]
-    except (OSError, EOFError, tarfile.TarError) as error:
+        wnids = [wnid[int(line)] for line in content["ILSVRC2012_validation_ground_truth.txt"].split()]
+    except DAMAGED as error:
         raise DataError(f"{devkit}: cannot be read ({error}); the validation images need it for their labels") from None
-    except (KeyError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+    except Exception as error:  # scipy raises whatever it meets
         raise DataError(f"{devkit}: not the devkit of ILSVRC 2012, task 1 and 2 ({error!r})") from None
     for name in wnids:
         if not re.fullmatch(r"n\d{8}", name):
@@ -201,30 +155,23 @@ def download(root: Path) -> None:
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
     """Return (class, its first `each` training pictures as (H, W, 3) RGB) of at most ten classes."""
-    wnids = sorted({str(row["class"]) for row in rows})[:10]
-    return [
-        (
-            wnid,
-            [
-                np.asarray(decode(root, str(row["path"]), int(row["bytes"])))
-                for row in [row for row in rows if row["class"] == wnid and row["split"] == "train"][:each]
-            ],
-        )
-        for wnid in wnids
-    ]
+    paths: dict[str, list[str]] = {}
+    for row in rows:
+        if row["split"] == "train":
+            paths.setdefault(str(row["class"]), []).append(str(row["path"]))
+    return [(wnid, [np.asarray(decode(root, path)) for path in paths[wnid][:each]]) for wnid in sorted(paths)[:10]]
 
 
 # ---- what training reads
 
 
-def decode(root: Path, path: str, size: int, expected: str | None = None) -> Image:
-    """Return an image in RGB, whatever colour space its file has; its bytes must be those of the manifest."""
+def decode(root: Path, path: str, expected: str | None = None) -> Image:
+    """Return an image in RGB, whatever colour space its file has; its checksum must be that of the manifest."""
     from PIL import Image
 
+    content = read_bytes(root, path, expected)
     try:
-        return Image.open(io.BytesIO(read_bytes(root, path, size, expected))).convert("RGB")
-    except DataError:
-        raise
+        return Image.open(io.BytesIO(content)).convert("RGB")
     except Exception as error:
         raise DataError(f"{root / path}: not a readable image ({error})") from None
 
@@ -261,16 +208,25 @@ class ImageNet:
     """A split of ImageNet; `dataset[keys]` decodes a whole batch (images (B, 3, size, size), labels (B,))."""
 
     def __init__(
-        self, root: Path, rows: Manifest, class_names: list[str], *, size: int, augment: bool, seed: int
+        self,
+        root: Path,
+        manifest: Path,
+        split: str,
+        *,
+        size: int,
+        augment: bool = False,
+        seed: int = 0,
+        limit: int | None = None,
     ) -> None:
-        """Hold the manifest's `rows`; images are read when asked for."""
+        """Open a split (train or val; its first `limit` images); labels number the class folders in sorted order."""
         self.root, self.size, self.augment, self.seed = root, size, augment, seed
-        self.class_names, self.classes = class_names, len(class_names)
+        table = Manifest.read(manifest)
+        rows = table.split(split, limit)
+        self.names = tuple(sorted(set(table["class"])))
+        self.classes = len(self.names)
         # Arrays, not lists: a list's reference counts would copy its memory into every worker.
-        self.paths = np.array([path.encode() for path in rows["path"]])
-        self.bytes = np.array(rows["bytes"], np.int64)
-        self.checksums = np.array([text.encode() for text in rows["checksum"]])
-        self.labels = np.searchsorted(np.array(class_names), np.array(rows["class"]))
+        self.paths, self.checksums = (np.array([text.encode() for text in rows[name]]) for name in ("path", "checksum"))
+        self.labels = np.searchsorted(self.names, rows["class"])
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -280,10 +236,10 @@ class ImageNet:
         """Return the batch of `keys`, normalised; augmented as (seed, epoch, index) say."""
         import torch
 
-        pixels = np.stack([self._pixels(keys.epoch, index) for index in keys.indices])
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-        images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return images.contiguous(), torch.from_numpy(self.labels[keys.indices])
+        from pipeline.data.loading import normalised
+
+        pixels = torch.from_numpy(np.stack([self._pixels(keys.epoch, index) for index in keys.indices]))
+        return normalised(pixels.permute(0, 3, 1, 2), MEAN, STD), torch.from_numpy(self.labels[keys.indices])
 
     def name(self, index: int) -> str:
         """Return an image's path in the data root."""
@@ -294,16 +250,9 @@ class ImageNet:
 
         from pipeline.data.loading import draw
 
-        image = decode(self.root, self.name(index), int(self.bytes[index]), self.checksums[index].decode())
+        image = decode(self.root, self.name(index), self.checksums[index].decode())
         if not self.augment:
             return np.asarray(centre_crop(image, self.size))
         rng = draw(self.seed, epoch, index)
         image = random_resized_crop(image, self.size, rng)
         return np.asarray(ImageOps.mirror(image) if rng.integers(2) else image)
-
-
-def open_imagenet(root: Path, manifest: Path, split: str, *, size: int, augment: bool, seed: int) -> ImageNet:
-    """Open a split (train or val) through its manifest; labels number the class folders in sorted order."""
-    table = Manifest.read(manifest)
-    class_names = sorted(set(table["class"]))
-    return ImageNet(root, table.split(split), class_names, size=size, augment=augment, seed=seed)

@@ -6,14 +6,14 @@ same samples with the very same augmentation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from pipeline.processes import Share
 
@@ -52,28 +52,10 @@ def order(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
-class EpochBatches(Sampler[Keys]):
-    """The batches of one epoch from batch `start` on, each in the pieces that `share` says; shuffled by (seed, epoch).
-
-    An empty piece holds one sample of its batch, so that no process runs short of batches; training gives it no weight.
-    """
-
-    def __init__(
-        self, length: int, batch: int, *, seed: int, epoch: int, shuffle: bool, start: int, share: Share
-    ) -> None:
-        samples = order(length, seed, epoch) if shuffle else np.arange(length)
-        whole = [samples[i : i + batch] for i in range(start * batch, length, batch)]
-        self._batches = [
-            Keys(epoch, (part[a:b] if a < b else part[:1]).tolist())
-            for part in whole
-            for a, b in share.bounds(len(part))
-        ]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Keys]:
-        return iter(self._batches)
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels (B, 3, H, W), uint8, of which each channel in 0..1 has `mean` and `std`, as a network wants them."""
+    shift, scale = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return ((pixels.float() / 255 - shift) / scale).contiguous()
 
 
 def batches(
@@ -89,12 +71,18 @@ def batches(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """An iterator over one epoch of `dataset`, beginning at batch number `start`.
 
+    An empty piece holds one sample of its batch, so that no process runs short of batches; training gives it no weight.
+
     Args:
         seed: Of order and augmentation.
         shuffle: Whether the order is drawn anew each epoch (training) or that of the manifest (evaluation).
         share: Which pieces of each batch are read here.
         workers: Processes that prepare batches; changes nothing but the speed.
     """
-    sampler = EpochBatches(len(dataset), batch, seed=seed, epoch=epoch, shuffle=shuffle, start=start, share=share)
+    samples = order(len(dataset), seed, epoch) if shuffle else np.arange(len(dataset))
+    whole = [samples[i : i + batch] for i in range(start * batch, len(samples), batch)]
+    pieces = [
+        Keys(epoch, (part[a:b] if a < b else part[:1]).tolist()) for part in whole for a, b in share.bounds(len(part))
+    ]
     pin = workers > 0 and torch.cuda.is_available()
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_size=None, sampler=pieces, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Row = dict[str, str | int]
 Item = TypeVar("Item")
 SIDE, PIXELS = 4, 80_000_000  # of a picture: the shorter side at least, all at most
-MEMBER = 64 * 2**20  # bytes of an archive's file at most; the largest real one, a batch of CIFAR-10, has 31 million
 
 
 class DataError(Exception):
@@ -64,13 +63,9 @@ class Manifest:
         """Return one column."""
         return self.columns[column]
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.columns["path"])
-
-    def split(self, name: str) -> Manifest:
-        """Return the rows of one split (train, val or test)."""
-        keep = [i for i, split in enumerate(self.columns["split"]) if split == name]
+    def split(self, name: str, limit: int | None = None) -> Manifest:
+        """Return the rows of one split (train, val or test), or the first `limit` of them."""
+        keep = [i for i, split in enumerate(self.columns["split"]) if split == name][:limit]
         if not keep:
             raise DataError(f"{self.path}: has no rows of the split {name!r}")
         return Manifest(self.path, {column: [values[i] for i in keep] for column, values in self.columns.items()})
@@ -92,9 +87,22 @@ def read_summary(name: str) -> dict[str, Any]:
 
 def data_root(name: str, source: str, machine: Machine) -> Path:
     """Return where the set lies: what the environment says, else data/generated/<set> or data/<set>."""
-    if name in machine.data_roots:
-        return machine.data_roots[name]
-    return machine.root / "data" / "generated" / name if source == "generated" else machine.root / "data" / name
+    own = Path("generated", name) if source == "generated" else Path(name)
+    return machine.data_roots.get(name, machine.root / "data" / own)
+
+
+def located(name: str, machine: Machine) -> tuple[Path, Path]:
+    """Return where a prepared set lies, and its manifest."""
+    return data_root(name, read_summary(name)["source"], machine), Path("results/data", name, "manifest.csv")
+
+
+def totals(rows: list[Row], columns: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Return the sum of each of `columns` over the rows of each split."""
+    splits = dict.fromkeys(str(row["split"]) for row in rows)
+    return {
+        split: {column: sum(int(row[column]) for row in rows if row["split"] == split) for column in columns}
+        for split in splits
+    }
 
 
 def checksum(content: bytes) -> str:
@@ -107,19 +115,17 @@ def code_digest(files: Iterable[str | None]) -> str:
     return checksum(b"".join(Path(file).read_bytes() for file in files if file))
 
 
-def read_bytes(root: Path, path: str, size: int | None = None, expected: str | None = None) -> bytes:
-    """Return a file's content; if it is unreadable or not of the manifest's size or checksum, an error names it."""
+def read_bytes(root: Path, path: str, expected: str | None = None) -> bytes:
+    """Return a file's content; if it is unreadable or not of the manifest's checksum, an error names it."""
     try:
         content = (root / path).read_bytes()
     except OSError as error:
         raise DataError(f"{root / path}: cannot be read ({error.strerror})") from None
-    if size is not None and len(content) != size:
+    if expected is not None and checksum(content) != expected:
         raise DataError(
-            f"{root / path}: {len(content)} bytes, but {size} in the manifest: the data has changed since; "
+            f"{root / path}: not the file of the manifest, the data has changed since; "
             "run `python -m pipeline prepare` again"
         )
-    if expected is not None and checksum(content) != expected:
-        raise DataError(f"{root / path}: not the file of the manifest; run `python -m pipeline prepare` again")
     return content
 
 
@@ -136,15 +142,14 @@ def image_size(root: Path, path: str, content: bytes) -> tuple[int, int]:
         raise DataError(f"{root / path}: an empty file")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            size = image.size
-            if unfit := _unfit(image):
-                raise DataError(f"{root / path}: {unfit}")
-            image.draft("L", (1, 1))  # a JPEG is read to its end all the same, only its pixels are not all made
-            image.load()
-    except DataError:
-        raise
+            size, unfit = image.size, _unfit(image)
+            if not unfit:
+                image.draft("L", (1, 1))  # a JPEG is read to its end all the same, only its pixels are not all made
+                image.load()
     except Exception as error:  # PIL raises whatever its decoders meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{root / path}: not a readable image ({error})") from None
+    if unfit:
+        raise DataError(f"{root / path}: {unfit}")
     return size
 
 
@@ -156,9 +161,7 @@ def _unfit(image: Image.Image) -> str:
         return f"{width} x {height} pixels: gigantic; scale it down"
     if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with a preview
         return "an animation; keep one frame"
-    if image.mode[0] in "IF":
-        return "more than 8 bits a pixel; it must be an 8-bit picture"
-    return ""
+    return "more than 8 bits a pixel; it must be an 8-bit picture" if image.mode[0] in "IF" else ""
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
@@ -167,13 +170,12 @@ def progress(items: Iterable[Item], title: str, total: int | None = None) -> Ite
     from rich.progress import track
 
     console = Console(stderr=True)
-    shown = console.is_terminal
-    yield from track(items, title, total, console=console, transient=True, disable=not shown)
+    yield from track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def folders(root: Path) -> list[str]:
     """Return the names of the visible folders in `root`, sorted."""
-    return [e.name for e in _visible(root) if e.is_dir(follow_symlinks=False) or os.path.isdir(e.path)]
+    return [entry.name for entry in _visible(root) if os.path.isdir(entry.path)]
 
 
 def files(root: Path) -> list[str]:

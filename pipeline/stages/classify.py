@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdeq.losses import classification_loss
 from pipeline import experiment
-from pipeline.data.cifar10 import CLASSES, open_cifar10
-from pipeline.data.manifest import data_root, read_summary
+from pipeline.data.cifar10 import open_cifar10
+from pipeline.data.manifest import located
 from pipeline.metrics import TopK
 from pipeline.training import Task
 
@@ -20,14 +19,12 @@ if TYPE_CHECKING:
 
 def run(model: str, params: ClassifyParams, machine: Machine) -> None:
     """Trains `classify.<model>` and writes results/classify/<model>/."""
-    folder = Path("results/data/cifar10")
-    root = data_root("cifar10", read_summary("cifar10")["source"], machine)
+    root, manifest = located("cifar10", machine)
 
     def task(seed: int) -> Task:
-        manifest, device = folder / "manifest.csv", machine.device
-        train = open_cifar10(root, manifest, "train", augment=params.augment, seed=seed, device=device)
-        test = open_cifar10(root, manifest, "test", augment=False, seed=seed, device=device)
-        return Task(train, test, classification_loss, lambda: TopK(train.classes), names=CLASSES)
+        train = open_cifar10(root, manifest, "train", augment=params.augment, seed=seed, device=machine.device)
+        test = open_cifar10(root, manifest, "test", device=machine.device)
+        return Task(train, test, classification_loss, lambda: TopK(train.classes), names=train.names)
 
     machine = replace(machine, workers=0)  # a worker could only copy what already lies on the device
     experiment.run("classify", model, params, machine, dataset="cifar10", task=task)

@@ -11,8 +11,8 @@ from torch import Tensor
 from mdeq.heads import resize
 from mdeq.losses import HardExamples, pixel_weight, segmentation_loss
 from pipeline import experiment
-from pipeline.data.cityscapes import class_names, open_cityscapes
-from pipeline.data.manifest import data_root, read_summary
+from pipeline.data.cityscapes import Cityscapes
+from pipeline.data.manifest import located
 from pipeline.metrics import ConfusionMatrix
 from pipeline.training import Task
 
@@ -33,33 +33,24 @@ def run(model: str, params: FinetuneParams, machine: Machine) -> None:
     Raises:
         CheckpointError: if the backbone does not fit.
     """
-    folder = Path("results/data/cityscapes")
-    root = data_root("cityscapes", read_summary("cityscapes")["source"], machine)
+    root, manifest = located("cityscapes", machine)
     hard = HardExamples() if params.loss.ohem else None
-
     weights = torch.tensor(CLASS_WEIGHTS, device=machine.device) if params.loss.class_weights else None
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return segmentation_loss(logits, labels, weights, hard)
-
     def task(seed: int) -> Task:
-        manifest = folder / "manifest.csv"
-        train = open_cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment, seed=seed)
-        val = open_cityscapes(root, manifest, "val", test_size=params.test_size, augment=False, seed=seed)
-        metric = lambda: PixelMetric(train.classes)  # noqa: E731
-        weight = lambda labels: pixel_weight(labels, weights)  # noqa: E731
-        return Task(train, val, loss, metric, validation_batch=1, weight=weight, names=class_names())
+        train = Cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment, seed=seed)
+        return Task(
+            train,
+            Cityscapes(root, manifest, "val", test_size=params.test_size),
+            loss=lambda logits, labels: segmentation_loss(logits, labels, weights, hard),
+            metric=lambda: PixelMetric(train.classes),
+            validation_batch=1,
+            weight=lambda labels: pixel_weight(labels, weights),
+            names=train.names,
+        )
 
     backbone = Path("results/pretrain", params.backbone, "model.pt") if params.backbone else None
-    experiment.run(
-        "finetune",
-        model,
-        params,
-        machine,
-        dataset="cityscapes",
-        task=task,
-        backbone=backbone,
-    )
+    experiment.run("finetune", model, params, machine, dataset="cityscapes", task=task, backbone=backbone)
 
 
 class PixelMetric(ConfusionMatrix):

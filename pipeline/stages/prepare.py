@@ -11,18 +11,16 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline.data import cifar10, cityscapes, generated, imagenet, manifest, sheet
-from pipeline.data.manifest import DataError, Found, Row, checksum, code_digest, data_root, progress
+from pipeline.data.manifest import Found, Row, checksum, code_digest, data_root, progress
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from pipeline.machine import Machine
     from pipeline.params import PrepareParams
 
@@ -32,32 +30,30 @@ OUTPUTS = ("manifest.csv", "summary.json", "contact_sheet.png")
 
 
 class Format(Protocol):
-    """What a data set's module offers to this stage."""
+    """What a data set's module offers to this stage; the modules say more."""
 
-    def unpack(self, root: Path) -> None:
-        """Unpack official archives that lie in `root`, where their part of the tree is missing."""
+    def unpack(self, root: Path) -> None: ...
 
-    def download(self, root: Path) -> None:
-        """Fetch what is missing with the official tool, or say how it is fetched."""
+    def download(self, root: Path) -> None: ...
 
-    def find(self, root: Path) -> list[Found]:
-        """Return the rows to be, by names alone."""
-        ...
+    def find(self, root: Path) -> list[Found]: ...
 
-    def inspect(self, root: Path, found: Found) -> Row:
-        """Read the files of one row."""
-        ...
+    def inspect(self, root: Path, found: Found) -> Row: ...
 
-    def check(self, root: Path, rows: list[Row]) -> None:
-        """Check what no single row shows."""
+    def check(self, root: Path, rows: list[Row]) -> None: ...
 
-    def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]:
-        """Return the number of images (Cityscapes: pixels) of each split and class."""
-        ...
+    def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]: ...
 
-    def samples(self, root: Path, rows: list[Row], each: int) -> Samples:
-        """Return the pictures of the contact sheet, in named groups of `each`."""
-        ...
+    def samples(self, root: Path, rows: list[Row], each: int) -> Samples: ...
+
+
+FORMATS: dict[str, Format] = {"cifar10": cifar10, "imagenet": imagenet, "cityscapes": cityscapes}
+SHEETS: dict[str, tuple[str, int, int, tuple[int, int]]] = {
+    "cifar10": ("CIFAR-10", 8, 16, (64, 64)),
+    "imagenet": ("ImageNet", 6, 6, (132, 120)),
+    "cityscapes": ("Cityscapes", 6, 4, (400, 200)),
+}
+"""Of the contact sheets: title, pictures of a group, pictures side by side, width and height each is fitted into."""
 
 
 def run(name: str, params: PrepareParams, machine: Machine) -> None:
@@ -66,7 +62,7 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
     Raises:
         DataError: The data are missing or not as they must be; one line that names the file.
     """
-    form = format_of(name)
+    form = FORMATS[name]
     root = data_root(name, params.source, machine)
     match params.source:
         case "generated" if params.generated is not None:
@@ -81,7 +77,7 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
     kept = machine.root / "work" / f"prepare-{name}" / _fingerprint(name, params, root)
     seen = checksum(json.dumps(stamps).encode())
     target = Path("results") / "data" / name
-    if _is_current(kept, seen):
+    if _kept(kept / "seen.json") == seen:
         _put_back(kept, target)
         return
     from pipeline import tracking
@@ -97,18 +93,6 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
     print(f"{name}: {_sizes(summary)}, {summary['bytes'] / 1e6:,.1f} MB, verified; see {target}")
 
 
-def format_of(name: str) -> Format:
-    """Return the module that reads the set `name`."""
-    match name:
-        case "cifar10":
-            return cifar10
-        case "imagenet":
-            return imagenet
-        case "cityscapes":
-            return cityscapes
-    raise DataError(f"{name}: no such data set; there are cifar10, imagenet and cityscapes")
-
-
 def _stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -116,15 +100,16 @@ def _stamp(path: str) -> tuple[int, int]:
 
 def _fingerprint(name: str, params: PrepareParams, root: Path) -> str:
     """Return what else the outputs depend on: the source, its place, and the code that reads it."""
-    code = code_digest([__file__, manifest.__file__, sheet.__file__, getattr(format_of(name), "__file__", None)])
+    code = code_digest([__file__, manifest.__file__, sheet.__file__, getattr(FORMATS[name], "__file__", None)])
     return checksum(json.dumps([params.model_dump_json(), str(root.resolve()), code]).encode())
 
 
-def _is_current(kept: Path, seen: str) -> bool:
+def _kept(path: Path) -> Any:
+    """Return what an earlier run noted, None if nothing can be read."""
     try:
-        return json.loads((kept / "seen.json").read_text()) == seen
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def _rows(form: Format, root: Path, found: list[Found], stamps: list, kept: Path, machine: Machine) -> list[Row]:
@@ -132,18 +117,14 @@ def _rows(form: Format, root: Path, found: list[Found], stamps: list, kept: Path
 
     What was read is kept also when a file is found broken: once it is mended, the rest is not read again.
     """
-    try:
-        known = {json.dumps(stamp): row for stamp, row in json.loads((kept / "rows.json").read_text())}
-    except (OSError, ValueError):
-        known = {}
+    known = {json.dumps(stamp): row for stamp, row in _kept(kept / "rows.json") or ()}
     rows: list[Row | None] = [known.get(json.dumps(stamp)) for stamp in stamps]
     new = [i for i, row in enumerate(rows) if row is None]
     try:
         with ThreadPoolExecutor(machine.threads or os.cpu_count()) as pool:
             chunks = (new[i : i + CHUNK] for i in range(0, len(new), CHUNK))
-            look = partial(_inspect, form, root, found)
-            read = (pair for part in chunks for pair in zip(part, pool.map(look, part), strict=True))
-            for i, row in progress(read, "Reading the data", len(new)):
+            read = chain.from_iterable(pool.map(lambda i: form.inspect(root, found[i]), part) for part in chunks)
+            for i, row in zip(new, progress(read, "Reading the data", len(new)), strict=True):
                 rows[i] = row
     finally:
         kept.mkdir(parents=True, exist_ok=True)
@@ -152,55 +133,37 @@ def _rows(form: Format, root: Path, found: list[Found], stamps: list, kept: Path
     return [row for row in rows if row is not None]
 
 
-def _inspect(form: Format, root: Path, found: list[Found], i: int) -> Row:
-    return form.inspect(root, found[i])
-
-
 def _keep(kept: Path, seen: str, rows: list[Row], name: str, source: str, root: Path) -> dict:
     """Make the outputs, keep them and return the summary; the mark that they are complete is written last."""
     import pandas as pd
 
-    form = format_of(name)
     for old in kept.parent.iterdir():
         if old != kept:
             shutil.rmtree(old)
-    pd.DataFrame(rows).to_csv(kept / "manifest.csv", index=False, lineterminator="\n")
-    counts = form.counts(rows)
+    table = pd.DataFrame(rows)
+    table.to_csv(kept / "manifest.csv", index=False, lineterminator="\n")
+    counted: Any = table if "images" in table else table.assign(images=1)  # else a row is an image
+    counts = FORMATS[name].counts(rows)
     summary = {
         "set": name,
         "source": source,
         "classes": len(next(iter(counts.values()))) - (name == "cityscapes"),  # which counts what is ignored too
-        "images": {split: _images(rows, split) for split in counts},
-        "bytes": sum(int(row[key]) for row in rows for key in ("bytes", "label_bytes") if key in row),
+        "images": counted.groupby("split", sort=False)["images"].sum().to_dict(),
+        "bytes": int(table.filter(regex="bytes$").to_numpy().sum()),
         "manifest": checksum((kept / "manifest.csv").read_bytes()),
         "pixels" if name == "cityscapes" else "counts": counts,
     }
     (kept / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _sheet(name, summary, form.samples(root, rows, 8 if name == "cifar10" else 6)).save(kept / "contact_sheet.png")
+    title, each, across, cell = SHEETS[name]
+    note = f"{source} · {_sizes(summary)} · {summary['classes']} classes · {summary['manifest'][:12]}"
+    pictures = FORMATS[name].samples(root, rows, each)
+    sheet.contact_sheet(title, note, pictures, cell=cell, across=across).save(kept / "contact_sheet.png")
     (kept / "seen.json").write_text(json.dumps(seen))
     return summary
 
 
 def _sizes(summary: dict) -> str:
     return ", ".join(f"{count:,} {split}" for split, count in summary["images"].items()) + " images"
-
-
-def _images(rows: list[Row], split: str) -> int:
-    """Return the number of images of a split: a row is one image, or says how many it has."""
-    return sum(int(row.get("images", 1)) for row in rows if row["split"] == split)
-
-
-def _sheet(name: str, summary: dict, samples: Samples) -> Image.Image:
-    note = f"{summary['source']} · {_sizes(summary)} · {summary['classes']} classes · {summary['manifest'][:12]}"
-    match name:
-        case "cifar10":
-            return sheet.contact_sheet("CIFAR-10", note, samples, cell=(64, 64), across=16)
-        case "imagenet":
-            return sheet.contact_sheet("ImageNet", note, samples, cell=(132, 120), across=6)
-        case _:
-            height, width = samples[0][1][0].shape[:2]
-            cell = (round(200 * width / height), 200)
-            return sheet.contact_sheet("Cityscapes", note, samples, cell=cell, across=4)
 
 
 def _put_back(kept: Path, target: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdeq.losses import classification_loss
 from pipeline import experiment
-from pipeline.data.imagenet import open_imagenet
-from pipeline.data.manifest import data_root, read_summary
+from pipeline.data.imagenet import ImageNet
+from pipeline.data.manifest import located
 from pipeline.metrics import TopK
 from pipeline.training import Task
 
@@ -19,13 +18,11 @@ if TYPE_CHECKING:
 
 def run(model: str, params: PretrainParams, machine: Machine) -> None:
     """Trains `pretrain.<model>` and writes results/pretrain/<model>/."""
-    folder = Path("results/data/imagenet")
-    root = data_root("imagenet", read_summary("imagenet")["source"], machine)
+    root, manifest = located("imagenet", machine)
 
     def task(seed: int) -> Task:
-        manifest = folder / "manifest.csv"
-        train = open_imagenet(root, manifest, "train", size=params.image, augment=params.augment, seed=seed)
-        val = open_imagenet(root, manifest, "val", size=params.image, augment=False, seed=seed)
-        return Task(train, val, classification_loss, lambda: TopK(train.classes), names=tuple(train.class_names))
+        train = ImageNet(root, manifest, "train", size=params.image, augment=params.augment, seed=seed)
+        val = ImageNet(root, manifest, "val", size=params.image)
+        return Task(train, val, classification_loss, lambda: TopK(train.classes), names=train.names)
 
     experiment.run("pretrain", model, params, machine, dataset="imagenet", task=task)
