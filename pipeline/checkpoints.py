@@ -38,7 +38,7 @@ from mdeq import (
 from mdeq.baselines import BaselineConfig, ExplicitConfig, NeuralODEConfig, ResNetConfig
 
 if TYPE_CHECKING:
-    from pipeline.train_params import TrainParams
+    from pipeline.train_params import BenchmarkModel, TrainParams
 
 FORMAT = 1
 
@@ -64,7 +64,7 @@ class Architecture:
     backward: Implicit | Phantom | Reversible | None = None
 
     @classmethod
-    def of(cls, params: TrainParams, classes: int) -> Architecture:
+    def of(cls, params: TrainParams | BenchmarkModel, classes: int) -> Architecture:
         """That of a section of params.yaml."""
         return cls(params.model, params.head, classes, params.forward, params.backward)
 

@@ -37,10 +37,14 @@ def params() -> BenchmarkParams:
     return BenchmarkParams.model_validate_json(json.dumps(SETTINGS))
 
 
-def test_models_take_turns_and_solvers_run_to_their_limit(params: BenchmarkParams, tmp_path: Path) -> None:
-    order: list[str] = []
-    seconds, facts = benchmark.measure_time(params, Machine(tmp_path), order.append)
-    assert order == ["time of implicit", "time of explicit"] * 4
+def test_models_take_turns_and_solvers_run_to_their_limit(
+    params: BenchmarkParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[int] = []
+    step = benchmark.Trainee.step
+    monkeypatch.setattr(benchmark.Trainee, "step", lambda own: order.append(own.facts["parameters"]) or step(own))
+    seconds, facts = benchmark.measure_time(params, Machine(tmp_path))
+    assert order == [facts["implicit"]["parameters"], facts["explicit"]["parameters"]] * 4
     assert [len(values) for values in seconds.values()] == [3, 3]
     assert facts["implicit"]["forward_evaluations"] == 6 and facts["implicit"]["backward_evaluations"] == 3
     assert "forward_evaluations" not in facts["explicit"]

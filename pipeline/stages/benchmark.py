@@ -15,19 +15,19 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mdeq import Implicit, MDEQConfig, Network, Phantom, Reversible, Solution, baselines
+from mdeq import Implicit, Network, Solution
 from pipeline import figures, tracking
+from pipeline.checkpoints import Architecture
+from pipeline.data.manifest import progress
 from pipeline.machine import Machine
 from pipeline.train_params import BenchmarkModel, BenchmarkParams
 from pipeline.training import make_optimizer
@@ -41,19 +41,12 @@ def run(params: BenchmarkParams, machine: Machine) -> None:
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     OUT.mkdir(parents=True, exist_ok=True)
-    with tracking.start("benchmark", None, params, machine) as tracker, _progress() as progress:
-        names = list(params.models)
-        rounds = params.warm_up + params.rounds
-        task = progress.add_task("benchmark", total=len(names) * (rounds + 1))
-
-        def advance(doing: str) -> None:
-            progress.update(task, advance=1, description=f"benchmark: {doing}")
-
-        memory = {}
-        for name in names:
-            memory[name] = memory_in_fresh_process(params.models[name], params, machine)
-            advance(f"memory of {name}")
-        seconds, facts = measure_time(params, machine, advance)
+    with tracking.start("benchmark", None, params, machine) as tracker:
+        memory = {
+            name: memory_in_fresh_process(model, params, machine)
+            for name, model in progress(params.models.items(), "benchmark: memory", len(params.models))
+        }
+        seconds, facts = measure_time(params, machine)
         record = _record(params, machine, seconds, memory, facts)
         (OUT / "runtime.json").write_text(json.dumps(record | {"run": tracker.run_id or ""}, indent=2) + "\n")
         relative = {name: entry["relative"] for name, entry in record["models"].items()}
@@ -62,26 +55,20 @@ def run(params: BenchmarkParams, machine: Machine) -> None:
             figures.save(figure, OUT / file)
             tracker.artifact(OUT / file)
         tracker.artifact(OUT / "runtime.json")
-        tracker.metrics(
-            {f"{measure}/{name}": value for name, own in relative.items() for measure, value in own.items()},
-            step=0,
-        )
+        values = {f"{measure}/{name}": value for name, own in relative.items() for measure, value in own.items()}
+        tracker.metrics(values, step=0)
 
 
 def build(model: BenchmarkModel, seed: int) -> nn.Module:
     """The model in training mode, its weights drawn from ``seed``, its solvers set to run to their limit."""
     torch.manual_seed(seed)
-    if isinstance(model.model, MDEQConfig):
-        assert model.head is not None and model.forward is not None and model.backward is not None
-        forward = replace(model.forward, tolerance=0.0)
-        return Network(model.model, model.head, CLASSES, forward, _to_the_limit(model.backward)).train()
-    return baselines.build(model.model, CLASSES).train()
-
-
-def _to_the_limit(backward: Implicit | Phantom | Reversible) -> Implicit | Phantom | Reversible:
-    if not isinstance(backward, Implicit):
-        return backward
-    return replace(backward, solver=replace(backward.solver, tolerance=0.0))
+    network = Architecture.of(model, CLASSES).build().train()
+    if isinstance(network, Network):
+        backbone = network.backbone
+        backbone.forward_solver = replace(backbone.forward_solver, tolerance=0.0)
+        if isinstance(backbone.backward, Implicit):
+            backbone.backward = Implicit(replace(backbone.backward.solver, tolerance=0.0))
+    return network
 
 
 class Trainee:
@@ -111,20 +98,18 @@ class Trainee:
         self.facts["backward_evaluations"] = solution.nfe
 
 
-def measure_time(
-    params: BenchmarkParams, machine: Machine, advance: Callable[[str], None]
-) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+def measure_time(params: BenchmarkParams, machine: Machine) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
     """Seconds of each measured step by model, the models taking turns; and each model's facts."""
     trainees = {name: Trainee(model, params, machine.device) for name, model in params.models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
-    for number in range(params.warm_up + params.rounds):
+    rounds = params.warm_up + params.rounds
+    for _ in progress(range(rounds), "benchmark: time", rounds):
         for name, trainee in trainees.items():
             began = time.perf_counter()
             trainee.step()
-            if number >= params.warm_up:
-                seconds[name].append(time.perf_counter() - began)
-            advance(f"time of {name}")
-    return seconds, {name: trainee.facts for name, trainee in trainees.items()}
+            seconds[name].append(time.perf_counter() - began)
+    measured = {name: values[params.warm_up :] for name, values in seconds.items()}
+    return measured, {name: trainee.facts for name, trainee in trainees.items()}
 
 
 def memory_in_fresh_process(model: BenchmarkModel, params: BenchmarkParams, machine: Machine) -> int:
@@ -138,8 +123,7 @@ def _peak_bytes(model: BenchmarkModel, params: BenchmarkParams, device: str, thr
     if threads is not None:
         torch.set_num_threads(threads)
     # the first convolution loads libraries and their buffers, which are no model's
-    small = nn.Conv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8)).sum()
-    small.backward()
+    nn.Conv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8)).sum().backward()
     before = _process_peak()
     trainee = Trainee(model, params, device)
     trainee.step(images=2)  # makes the optimiser's state, which a first step of its own would add only at its end
@@ -194,7 +178,3 @@ def _record(
         "threads": torch.get_num_threads(),
         **machine.describe(),
     }
-
-
-def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

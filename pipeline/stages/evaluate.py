@@ -6,18 +6,19 @@ found; the confusion matrix; pictures of predictions beside the truth; street sc
 
 from __future__ import annotations
 
-import csv
+import itertools
 import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mdeq.heads import resize
@@ -26,6 +27,7 @@ from mdeq.solvers import Solution
 from pipeline import figures, tracking
 from pipeline.data import cityscapes
 from pipeline.data.loading import Keys, batches
+from pipeline.data.manifest import progress
 from pipeline.machine import Machine
 from pipeline.metrics import ConfusionMatrix, TopK
 from pipeline.params import EvaluateCityscapes, EvaluateParams
@@ -33,6 +35,7 @@ from pipeline.trained import Trained, load
 
 View = tuple[float, bool]
 """How a scene is looked at: its scale, and whether it is mirrored."""
+PLAIN: View = (1.0, False)
 
 
 class SolverStatistics:
@@ -40,17 +43,13 @@ class SolverStatistics:
 
     def __init__(self) -> None:
         """Begin without a sample."""
-        self._relative: list[Tensor] = []
-        self._converged: list[Tensor] = []
-        self._steps: list[Tensor] = []
-        self._nfe: list[int] = []
+        self._batches: list[Tensor] = []
 
     def update(self, solution: Solution) -> None:
         """Add the solution of one batch."""
-        self._relative.append(solution.relative.cpu())
-        self._converged.append(solution.converged.cpu())
-        self._steps.append(solution.steps.cpu())
-        self._nfe += [solution.nfe] * len(solution.relative)
+        nfe = torch.full_like(solution.relative, solution.nfe)
+        columns = (solution.relative, solution.converged, solution.steps, nfe)
+        self._batches.append(torch.stack([column.detach().cpu().double() for column in columns]))
 
     def compute(self) -> dict[str, float]:
         """Residuals |f(z) - z| / |f(z)|, evaluations of f and updates until the best iterate; empty without
@@ -58,17 +57,17 @@ class SolverStatistics:
 
         A sample without a finite iterate is left out of the residuals and counted in ``solver/failed``.
         """
-        if not self._nfe:
+        if not self._batches:
             return {}
-        relative = torch.cat(self._relative).double()
+        relative, converged, steps, nfe = torch.cat(self._batches, 1)
         finite = relative[relative.isfinite()]
         return {
-            "solver/relative_residual": float(finite.mean()) if len(finite) else float("nan"),
+            "solver/relative_residual": float(finite.mean()),
             "solver/relative_residual_max": float(finite.max()) if len(finite) else float("nan"),
-            "solver/converged": float(torch.cat(self._converged).double().mean()),
+            "solver/converged": float(converged.mean()),
             "solver/failed": float(len(relative) - len(finite)),
-            "solver/nfe": float(np.mean(self._nfe)),
-            "solver/steps_to_best": float(torch.cat(self._steps).double().mean()),
+            "solver/nfe": float(nfe.mean()),
+            "solver/steps_to_best": float(steps.mean()),
         }
 
 
@@ -78,14 +77,11 @@ def run(dataset: str, model: str, params: EvaluateParams, machine: Machine) -> N
     trained = load(dataset, model, machine, params.limit)
     if params.steps is not None:
         _limit_solver(trained.network, params.steps)
-    views: list[View] = [(1.0, False)]
-    predictions = None
+    views, predictions = [PLAIN], None
     out = Path("results/evaluate") / instance
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(params, EvaluateCityscapes):
-        views = [
-            (scale, mirrored) for scale in params.scales for mirrored in ((False, True) if params.flip else (False,))
-        ]
+        views = list(itertools.product(params.scales, (False, True) if params.flip else (False,)))
         predictions = out / "predictions"
         shutil.rmtree(predictions, ignore_errors=True)
         predictions.mkdir()
@@ -94,8 +90,8 @@ def run(dataset: str, model: str, params: EvaluateParams, machine: Machine) -> N
         began = time.perf_counter()
         values, matrix = evaluate(trained, params.batch, machine, f"evaluate {instance}", views, predictions)
         values["time/seconds"] = time.perf_counter() - began
-        counts = matrix.counts.cpu().numpy()
-        _write_confusion(out / "confusion.csv", counts, trained.names)
+        counts, names = matrix.counts.cpu().numpy(), list(trained.names)
+        pd.DataFrame(counts, names, names).to_csv(out / "confusion.csv", index_label="true")
         title = f"{model} on {dataset} ({trained.facts['data/source']} data)"
         figures.save(figures.confusion(counts, trained.names, title), out / "confusion.png")
         figures.save(examples(trained, params.examples, machine, title), out / "examples.png")
@@ -135,7 +131,7 @@ def evaluate(
     batch: int,
     machine: Machine,
     label: str,
-    views: Sequence[View] = ((1.0, False),),
+    views: Sequence[View] = (PLAIN,),
     predictions: Path | None = None,
 ) -> tuple[dict[str, float], ConfusionMatrix]:
     """Measures of the split and of its solves, and its confusion matrix.
@@ -152,42 +148,39 @@ def evaluate(
     topk, matrix, solves = TopK(split.classes), ConfusionMatrix(split.classes), SolverStatistics()
     segmentation, frames = False, iter(trained.frames)
     loader = batches(split, batch, seed=0, epoch=0, shuffle=False, workers=machine.workers)
-    with progress_bar() as progress:
-        for images, targets in progress.track(loader, total=-(-len(split) // batch), description=label):
-            targets = targets.to(machine.device)
-            segmentation = targets.ndim == 3
-            logits, solution = predict(trained.network, images.to(machine.device), targets.shape[1:], views)
-            answers = logits.argmax(1)
-            matrix.add(answers, targets)
-            if not segmentation:
-                topk.update(logits, targets)
-            elif predictions is not None:
-                for answer, frame in zip(answers.cpu().numpy(), frames, strict=False):
-                    cityscapes.write_prediction(predictions, frame, answer)
-            if solution is not None:
-                solves.update(solution)
+    for images, targets in progress(loader, label, len(loader)):
+        targets = targets.to(machine.device)
+        segmentation = targets.ndim == 3
+        logits, solution = predict(trained.network, images.to(machine.device), targets.shape[1:], views)
+        answers = logits.argmax(1)
+        matrix.add(answers, targets)
+        if not segmentation:
+            topk.update(logits, targets)
+        elif predictions is not None:
+            for answer, frame in zip(answers.cpu().numpy(), frames, strict=False):
+                cityscapes.write_prediction(predictions, frame, answer)
+        if solution is not None:
+            solves.update(solution)
     measures = matrix.compute() if segmentation else topk.compute()
     return measures | solves.compute(), matrix
 
 
 @torch.no_grad()
 def predict(
-    network: nn.Module, images: Tensor, size: Sequence[int], views: Sequence[View] = ((1.0, False),)
+    network: nn.Module, images: Tensor, size: Sequence[int], views: Sequence[View] = (PLAIN,)
 ) -> tuple[Tensor, Solution | None]:
     """Logits of a batch at the equilibrium, resized to the label's ``size`` (H, W); and the last solve, if any.
 
     ``size`` is empty for classification. Of several ``views`` the logits are the mean of their probabilities.
     """
-    total: Tensor | None = None
+    total: Any = 0
     for scale, mirrored in views:
         view = images if scale == 1 else resize(images, [round(scale * side) for side in images.shape[2:]])
         prediction = network(view.flip(-1) if mirrored else view)
         logits = prediction.logits.float().flip(-1) if mirrored else prediction.logits.float()
         if logits.shape[2:] != tuple(size):
             logits = resize(logits, size)
-        share = logits.softmax(1) / len(views) if len(views) > 1 else logits
-        total = share if total is None else total + share
-    assert total is not None
+        total = total + (logits.softmax(1) / len(views) if len(views) > 1 else logits)
     return total, prediction.equilibrium.solution if prediction.equilibrium else None
 
 
@@ -207,15 +200,3 @@ def examples(trained: Trained, count: int, machine: Machine, title: str) -> Figu
         return figures.classified(np.stack(photos), labels, probabilities, trained.names, title)
     predictions = [scores.argmax(0).numpy() for scores in logits]
     return figures.segmented(photos, truths, predictions, trained.names, cityscapes.colours(), title)
-
-
-def progress_bar() -> Progress:
-    """A bar with the number of batches and the time that is left."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-
-def _write_confusion(path: Path, counts: np.ndarray, names: tuple[str, ...]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true", *names])
-        writer.writerows([name, *map(int, row)] for name, row in zip(names, counts, strict=True))
