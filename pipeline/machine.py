@@ -6,6 +6,7 @@ command line or the environment, and is recorded beside every metric by `Machine
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -103,33 +104,30 @@ def write_fingerprint(machine: Machine, path: Path) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of what results depend on, read without importing them."""
-    found = {}
+    found: dict[str, str] = dict.fromkeys(PACKAGES, "none")
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
     return found
 
 
 def commit(root: Path) -> str:
     """The checkout's git commit, with `+` when files differ from it; "none" without git."""
-    git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *words.split()], capture_output=True, text=True, check=True).stdout
+            for words in ("rev-parse HEAD", "status --porcelain -uno")
+        )
     except (OSError, subprocess.CalledProcessError):
         return "none"
-    return head + "+" * bool(changed.stdout.strip())
+    return head.strip() + "+" * bool(changed.strip())
 
 
 def _number(environ: Mapping[str, str], name: str, least: int) -> int | None:
     text = environ.get(name)
-    if not text:
-        return None
-    if not text.isdecimal() or int(text) < least:
+    if text and (not text.isdecimal() or int(text) < least):
         raise MachineError(f"{name}={text}: must be a whole number of at least {least}")
-    return int(text)
+    return int(text) if text else None
 
 
 def _device(name: str, process: str | None) -> str:
@@ -146,8 +144,8 @@ def _device(name: str, process: str | None) -> str:
         device = torch.device(name)
     except RuntimeError:
         raise MachineError(f"device {name!r}: must be auto, cpu, cuda, cuda:<number> or mps") from None
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
         raise MachineError(f"device {name!r}: torch sees {found} CUDA devices here; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise MachineError(f"device {name!r}: torch sees no Apple GPU here; use --device cpu")
@@ -172,27 +170,27 @@ def _data_roots(environ: Mapping[str, str]) -> dict[str, Path]:
 
 
 def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        import torch
+    if not device.startswith("cuda"):
+        return _cpu_name()
+    import torch
 
-        return torch.cuda.get_device_name(device)
-    return _cpu_name()
+    return torch.cuda.get_device_name(device)
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    names = _values(Path("/proc/cpuinfo"), "model name")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpu_names() -> list[str]:
-    names = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return [name for file in files for name in _values(file, "Model:")]
+
+
+def _values(path: Path, key: str) -> list[str]:
+    """What stands behind the colon in the lines of a file of /proc that begin with `key`; nothing without the file."""
+    try:
         lines = path.read_text().splitlines()
-        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
-    return names
+    except OSError:
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]

@@ -12,7 +12,8 @@ from mdeq import MDEQConfig
 from mdeq.published import rename, state_dict
 from pipeline.checkpoints import Architecture, CheckpointError, save_model
 from pipeline.data import cifar10, cityscapes
-from pipeline.params import TRAINED_BY, Section, instances, load
+from pipeline.params import TRAINED_BY, instances, load
+from pipeline.train_params import TrainParams
 
 CLASSES = {"cifar10": 10, "imagenet": 1000, "cityscapes": 19}
 
@@ -50,16 +51,17 @@ def import_weights(file: Path, model: str, out: Path | None = None, presets: Pat
         raise CheckpointError(
             f"--model {model}: begin with the set: {', '.join(f'{s}-mdeq-small' for s in TRAINED_BY)}"
         )
-    params = load(TRAINED_BY[dataset], name, presets)
-    architecture = _architecture(params, CLASSES[dataset])
+    stage = TRAINED_BY[dataset]
+    params = _preset(stage, name, presets)
+    architecture = Architecture.of(params, CLASSES[dataset])
     network = architecture.build()
     try:
         network.load_state_dict(rename(state_dict(_open(file))))
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file}: does not fit {model}: {str(error).strip(chr(39))}") from error
-    path = out or Path("results", TRAINED_BY[dataset], name, "model.pt")
-    meta = {"stage": TRAINED_BY[dataset], "model": name, "names": _class_names(dataset), "run_id": None}
-    save_model(path, architecture, network, {**meta, "published": file.name, "params": params.model_dump(mode="json")})
+    path = out or Path("results", stage, name, "model.pt")
+    meta = {"stage": stage, "model": name, "names": _class_names(dataset), "run_id": None, "published": file.name}
+    save_model(path, architecture, network, meta | {"params": params.model_dump(mode="json")})
     return path
 
 
@@ -68,14 +70,19 @@ def sizes(presets: Path = Path("params/paper.yaml")) -> list[tuple[str, int, str
     rows = []
     for dataset, stage in TRAINED_BY.items():
         for name in instances(stage, presets):
-            architecture = _architecture(load(stage, name, presets), CLASSES[dataset])
-            if not isinstance(architecture.model, MDEQConfig):
-                continue
-            with torch.device("meta"):
-                network = architecture.build()
-            paper, published = PUBLISHED_SIZES.get(f"{dataset}-{name}", ("", ""))
-            rows.append((f"{dataset}-{name}", sum(p.numel() for p in network.parameters()), paper, published))
+            params = _preset(stage, name, presets)
+            if isinstance(params.model, MDEQConfig):
+                with torch.device("meta"):
+                    network = Architecture.of(params, CLASSES[dataset]).build()
+                count = sum(p.numel() for p in network.parameters())
+                rows.append((f"{dataset}-{name}", count, *PUBLISHED_SIZES.get(f"{dataset}-{name}", ("", ""))))
     return rows
+
+
+def _preset(stage: str, name: str, presets: Path) -> TrainParams:
+    params = load(stage, name, presets)
+    assert isinstance(params, TrainParams)
+    return params
 
 
 def _class_names(dataset: str) -> list[str]:
@@ -93,13 +100,5 @@ def _open(file: Path) -> dict:
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{file}: damaged, or not a checkpoint ({str(error).splitlines()[0].split('. ')[0]})"
-        ) from error
-
-
-def _architecture(params: Section, classes: int) -> Architecture:
-    from pipeline.train_params import TrainParams
-
-    assert isinstance(params, TrainParams)
-    return Architecture(params.model, params.head, classes, params.forward, params.backward)
+        said = str(error).splitlines()[0].split(". ")[0]
+        raise CheckpointError(f"{file}: damaged, or not a checkpoint ({said})") from error
