@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import generated
+from pipeline.data import generated, objects, scenes, shapes
+from pipeline.data.cifar10 import CLASSES
 from pipeline.data.generated import (
     GeneratedCifar10,
     GeneratedCityscapes,
@@ -16,7 +17,9 @@ from pipeline.data.generated import (
     ensure,
 )
 from pipeline.data.manifest import DataError
-from pipeline.data.objects import KINDS, large_picture, small_picture
+from pipeline.data.objects import photo
+from pipeline.data.scenes import IDS, Scene
+from pipeline.data.shapes import DRAWINGS
 
 SMALL = [
     GeneratedCifar10(train=10, test=10),
@@ -66,6 +69,18 @@ def test_what_is_whole_is_left_alone_and_what_is_not_is_drawn_again(tmp_path: Pa
     assert contents(tmp_path) == before
 
 
+def test_other_code_draws_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ensure(tmp_path, SMALL[1])
+    image = next((tmp_path / "train").rglob("*.JPEG"))
+    before = image.stat().st_mtime_ns
+    read: list[str] = []
+    monkeypatch.setattr(generated, "code_digest", lambda files: read.extend(files) or "other")
+    ensure(tmp_path, SMALL[1])
+    assert image.stat().st_mtime_ns > before
+    imported = [module.__file__ for module in (generated, objects, scenes, shapes)]
+    assert set(read) == {*imported, str(Path(shapes.__file__).with_name("drawings.txt"))}
+
+
 def test_drawing_that_was_cut_short_begins_again(tmp_path: Path) -> None:
     (tmp_path / generated.DRAWING / "train").mkdir(parents=True)
     (tmp_path / "train").mkdir()
@@ -88,9 +103,9 @@ def test_other_peoples_data_are_never_touched(tmp_path: Path) -> None:
             ensure(drawn, params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_a_class_has_no_colour_of_its_own(kind: str) -> None:
-    pictures = np.stack([small_picture(np.random.default_rng(i), kind) for i in range(60)])
+    pictures = np.stack([photo(np.random.default_rng(i), kind, 32, 32) for i in range(60)])
     mean = pictures[:, 8:24, 8:24].mean((0, 1, 2))
     assert pictures.shape[1:] == (32, 32, 3)
     assert np.ptp(mean) < 40
@@ -99,6 +114,15 @@ def test_a_class_has_no_colour_of_its_own(kind: str) -> None:
 
 def test_large_pictures_of_odd_sizes() -> None:
     for height, width in ((181, 399), (400, 180)):
-        picture = large_picture(np.random.default_rng(0), "ship", height, width)
+        picture = photo(np.random.default_rng(0), "ship", height, width)
         assert picture.shape == (height, width, 3)
         assert picture.dtype == np.uint8
+
+
+def test_every_figure_of_the_street_leaves_its_labels() -> None:
+    figures = {name: {part.label for part in parts} for name, parts in DRAWINGS.items() if parts and parts[0].label}
+    assert len(figures) > 15
+    for name, labels in figures.items():
+        scene = Scene(np.random.default_rng(0), 256, 512)
+        scene.figure(name, 0, 20)
+        assert set(np.unique(scene.ids)) - {0} == {IDS[label] for label in labels}

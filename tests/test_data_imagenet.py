@@ -33,10 +33,8 @@ def jpeg(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
 
 
 def test_pictures_have_many_sizes_and_some_are_grayscale(tmp_path: Path) -> None:
-    from itertools import islice
-
     params = generated.GeneratedImageNet(classes=2, train_per_class=60)
-    files = islice(generated._imagenet(params), 30)
+    files = [job() for job in generated._imagenet(params)[:30]]
     images = [Image.open(io.BytesIO(content)) for part in files for content in part.values()]
     assert len({image.size for image in images}) > 20
     assert {image.mode for image in images} == {"RGB", "L"}

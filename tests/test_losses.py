@@ -9,7 +9,7 @@ from torch import Tensor
 from mdeq import MDEQ, Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, SegmentationHeadConfig
 from mdeq.heads import ClassificationHead, SegmentationHead
 from mdeq.losses import IGNORE, classification_loss, joint_loss, segmentation_loss
-from pipeline.data.objects import small_picture
+from pipeline.data.objects import photo
 from pipeline.data.scenes import street
 
 KINDS = ("airplane", "frog", "truck")
@@ -63,7 +63,7 @@ def entropy(labels: Tensor) -> float:
 def test_one_backbone_learns_to_classify_and_to_segment():
     rng = np.random.default_rng(0)
     kinds = torch.arange(24) % len(KINDS)
-    pictures = np.stack([small_picture(rng, KINDS[k]) for k in kinds])
+    pictures = np.stack([photo(rng, KINDS[k], 32, 32) for k in kinds])
     scenes, ids = map(np.stack, zip(*(street(rng, 32, 64) for _ in range(8)), strict=True))
     group = torch.full((256,), IGNORE)
     for i, members in enumerate(GROUPS.values()):

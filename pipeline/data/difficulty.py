@@ -5,30 +5,38 @@ A set is a gift if pixels, colours or places alone tell the answer, and noise if
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from mdeq import Prediction
+from mdeq.baselines import NarrowResNet18, ResNetConfig
+from pipeline import training
 from pipeline.data import cifar10, cityscapes, generated
-from pipeline.data.manifest import DataError, Found, progress
+from pipeline.data.loading import Keys
+from pipeline.data.manifest import DataError
+from pipeline.machine import Machine
+from pipeline.metrics import ConfusionMatrix
+from pipeline.progress import Progress
+from pipeline.tracking import NullTracker
+from pipeline.training import Adam, Recipe, Task
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from pipeline.machine import Machine
-
-CIFAR_LINEAR_AT_MOST, CIFAR_NETWORK_AT_LEAST = 0.45, 0.85
-SCENES_APART = 0.10
+CIFAR_LINEAR_AT_MOST, CIFAR_NETWORK_AT_LEAST = 45.0, 85.0
+SCENES_APART = 10.0
 COLOUR_BITS = 4
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One line of the table; `required` says what must hold, `holds` whether it does."""
+    """One line of the table: an accuracy in per cent; `required` says what must hold, `holds` whether it does."""
 
     model: str
     accuracy: float
@@ -36,12 +44,42 @@ class Measured:
     holds: bool
 
 
+@dataclass
+class Pictures:
+    """A split in memory: images (N, H, W, 3) uint8 and classes (N,) or (N, H, W); mirrored every other epoch."""
+
+    images: np.ndarray
+    targets: np.ndarray
+    classes: int
+    mirror: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
+        """Return images (B, 3, H, W), between -1 and 1, and classes."""
+        images = torch.from_numpy(self.images[keys.indices]).permute(0, 3, 1, 2).float() / 128 - 1
+        targets = torch.from_numpy(self.targets[keys.indices]).long()
+        if self.mirror and keys.epoch % 2:
+            return images.flip(-1), targets.flip(-1) if targets.ndim > 1 else targets
+        return images.contiguous(), targets
+
+    def name(self, index: int) -> str:
+        """Return which image it is."""
+        return f"image {index}"
+
+
+class Plain(nn.Sequential):
+    """Layers whose output is the prediction."""
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Return logits (B, classes, ...) for images (B, 3, H, W)."""
+        return Prediction(super().forward(image), None)
+
+
 def run(name: str, machine: Machine) -> None:
     """Draw the set `name` (cifar10 or cityscapes) at its default size, measure, and print the table."""
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
     if machine.threads:
         torch.set_num_threads(machine.threads)
     torch.manual_seed(0)
@@ -49,129 +87,50 @@ def run(name: str, machine: Machine) -> None:
     match name:
         case "cifar10":
             generated.ensure(root, generated.GeneratedCifar10())
-            lines, measure = of_cifar10(root, machine.device), "test accuracy"
+            lines = of_cifar10(root, machine.device)
         case "cityscapes":
             generated.ensure(root, generated.GeneratedCityscapes())
-            lines, measure = of_cityscapes(root, machine.device), "pixel accuracy (val)"
+            lines = of_cityscapes(root, machine.device)
         case _:
             raise DataError(f"{name}: difficulty is measured of cifar10 and cityscapes")
-    table = Table(
-        "model",
-        measure,
-        "required",
-        "holds",
-        title=f"Difficulty of the generated {name}",
-        title_justify="left",
-    )
+    table = Table("model", "accuracy", "required", "holds", title=f"Difficulty of the generated {name}")
     for line in lines:
-        table.add_row(line.model, f"{line.accuracy:.1%}", line.required, "yes" if line.holds else "NO")
+        table.add_row(line.model, f"{line.accuracy:.1f}%", line.required, "yes" if line.holds else "NO")
     Console().print(table)
-
-
-# ---- CIFAR-10
 
 
 def of_cifar10(root: Path, device: str = "cpu", epochs: int = 12) -> list[Measured]:
     """Return what a linear classifier and the narrow ResNet-18 reach on CIFAR-10's batches in `root`."""
-    from torch import nn
-
-    from mdeq.baselines import NarrowResNet18, ResNetConfig
-
-    train, test = (_open_cifar10(root, split, augment=False) for split in ("train", "test"))
+    splits = []
+    for split in ("train", "test"):
+        files = [root / found.files[0] for found in cifar10.find(root) if found.split == split]
+        parts = [cifar10.images_and_labels(file.read_bytes(), file) for file in files]
+        images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+        splits.append(Pictures(images.transpose(0, 2, 3, 1), labels, 10, mirror=split == "train"))
+    train, test = splits
     linear = max(
-        _classify(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), train, test, 10, 1e-3, decay, device)
-        for decay in (1e-3, 1e-1, 1.0)
+        trained(Plain(nn.Flatten(), nn.Linear(3072, 10)), train, test, Recipe(Adam(1e-3, decay), 10, 64), device)
+        for decay in (0.0, 1e-3, 1e-2)
     )
-    resnet = NarrowResNet18(ResNetConfig(), cifar10.Cifar10.classes)
-    varied = _open_cifar10(root, "train", augment=True)
-    network = _classify(resnet, varied, test, epochs, 3e-3, 1e-2, device)
+    network = trained(NarrowResNet18(ResNetConfig(), 10), train, test, Recipe(Adam(3e-3), epochs, 64), device)
     low, high = CIFAR_LINEAR_AT_MOST, CIFAR_NETWORK_AT_LEAST
     return [
-        Measured("linear on the pixels (best of 3)", linear, f"under {low:.0%}", linear < low),
-        Measured(f"ResNet-18, 170K, {epochs} epochs", network, f"over {high:.0%}", network > high),
+        Measured("linear on the pixels (best of 3)", linear, f"under {low:.0f}%", linear < low),
+        Measured(f"ResNet-18, 170K, {epochs} epochs", network, f"over {high:.0f}%", network > high),
     ]
-
-
-def _open_cifar10(root: Path, split: str, augment: bool) -> cifar10.Cifar10:
-    parts = [
-        cifar10.images_and_labels((root / found.files[0]).read_bytes(), root / found.files[0])
-        for found in cifar10.find(root)
-        if found.split == split
-    ]
-    images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return cifar10.Cifar10(images, labels, augment=augment, seed=0)
-
-
-def _classify(
-    network: nn.Module,
-    train: cifar10.Cifar10,
-    test: cifar10.Cifar10,
-    epochs: int,
-    rate: float,
-    decay: float,
-    device: str,
-) -> float:
-    """Train a classifier and return its accuracy on `test`."""
-    import torch
-
-    from pipeline.data.loading import batches
-
-    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(batches(train, 64, seed=0, epoch=number, shuffle=True))
-
-    _fit(network, epoch, epochs, len(train) // 64 + 1, rate, decay, device)
-    right = 0
-    with torch.no_grad():
-        for images, labels in batches(test, 250, seed=0, epoch=0, shuffle=False):
-            right += int((_logits(network, images.to(device)).argmax(1).cpu() == labels).sum())
-    return right / len(test)
-
-
-def _fit(
-    network: nn.Module,
-    epoch: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
-    epochs: int,
-    steps: int,
-    rate: float,
-    decay: float,
-    device: str,
-) -> None:
-    """Train with AdamW, the rate rising for a tenth of the way and falling to nothing."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    network.to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=decay)
-    total = epochs * steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(10 * (step + 1) / total, (1 + math.cos(math.pi * step / total)) / 2)
-    )
-    for number in progress(range(epochs), "Training"):
-        for images, targets in epoch(number):
-            loss = cross_entropy(
-                _logits(network, images.to(device)), targets.to(device), ignore_index=cityscapes.IGNORE
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    network.eval()
-
-
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    output = network(images)
-    return getattr(output, "logits", output)
-
-
-# ---- the scenes
 
 
 def of_cityscapes(root: Path, device: str = "cpu", epochs: int = 30) -> list[Measured]:
     """Return what place, colour and a small convolutional network reach on the scenes in `root`."""
-    found = cityscapes.find(root)
-    train, val = (_scenes(root, found, split) for split in cityscapes.SPLITS)
-    place, colour = _by_place(train, val), _by_colour(train, val)
-    network = _segment(train, val, epochs, device)
+    splits, classes = [], len(cityscapes.class_names())
+    for split in cityscapes.SPLITS:
+        files = [found.files for found in cityscapes.find(root) if found.split == split]
+        pairs = [cityscapes.read_pair(root, image, labels) for image, labels in files]
+        images, labels = (np.stack(part) for part in zip(*pairs, strict=True))
+        splits.append(Pictures(images, labels, classes, mirror=split == "train"))
+    train, val = splits
+    place, colour = by_place(train, val), by_colour(train, val)
+    network = trained(_segmenter(classes), train, val, Recipe(Adam(3e-3), epochs, 8), device)
     return [
         Measured("commonest class of each place", place, "10 points under", network - place >= SCENES_APART),
         Measured("commonest class of each colour", colour, "10 points under", network - colour >= SCENES_APART),
@@ -179,76 +138,58 @@ def of_cityscapes(root: Path, device: str = "cpu", epochs: int = 30) -> list[Mea
     ]
 
 
-def _scenes(root: Path, found: list[Found], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images (N, H, W, 3) and train ids (N, H, W) of a split."""
-    pairs = [cityscapes.read_pair(root, one.files[0], one.files[1]) for one in found if one.split == split]
-    images, labels = (np.stack(part) for part in zip(*pairs, strict=True))
-    return images, labels
+def by_place(train: Pictures, test: Pictures) -> float:
+    """Return the accuracy of answering the commonest class of each pixel's place."""
+    votes = np.stack([(train.targets == label).sum(0) for label in range(train.classes)])
+    return _accuracy(np.broadcast_to(votes.argmax(0), test.targets.shape), test)
 
 
-def _accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    known = labels != cityscapes.IGNORE
-    return float((predicted[known] == labels[known]).mean())
-
-
-def _by_place(train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]) -> float:
-    votes = np.stack([(train[1] == label).sum(0) for label in range(len(cityscapes.class_names()))])
-    return _accuracy(np.broadcast_to(votes.argmax(0), val[1].shape), val[1])
-
-
-def _by_colour(train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray]) -> float:
-    classes = len(cityscapes.class_names())
-    known = train[1] != cityscapes.IGNORE
-    votes = np.zeros((1 << 3 * COLOUR_BITS, classes), np.int64)
-    np.add.at(votes, (_bin(train[0])[known], train[1][known]), 1)
+def by_colour(train: Pictures, test: Pictures) -> float:
+    """Return the accuracy of answering the commonest class of each pixel's colour, 16 steps a channel."""
+    known = train.targets != cityscapes.IGNORE
+    votes = np.zeros((1 << 3 * COLOUR_BITS, train.classes), np.int64)
+    np.add.at(votes, (_bin(train.images)[known], train.targets[known]), 1)
     best = np.where(votes.sum(1) > 0, votes.argmax(1), votes.sum(0).argmax())
-    return _accuracy(best[_bin(val[0])], val[1])
+    return _accuracy(best[_bin(test.images)], test)
 
 
 def _bin(images: np.ndarray) -> np.ndarray:
-    """Return the number of each pixel's colour, 16 steps a channel."""
     r, g, b = np.moveaxis(images.astype(np.int64) >> (8 - COLOUR_BITS), -1, 0)
     return (r << 2 * COLOUR_BITS) | (g << COLOUR_BITS) | b
 
 
-def _segment(
-    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], epochs: int, device: str
-) -> float:
-    """Train the small network on whole scenes, mirrored at random, and return its pixel accuracy on `val`."""
-    import torch
-
-    images, labels = _tensors(*train)
-    batch = 8
-
-    def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
-        for i, keys in enumerate(order.split(batch)):
-            flip = (-1,) if (number + i) % 2 else ()
-            yield images[keys].flip(flip), labels[keys].flip(flip)
-
-    network = _small_network(len(cityscapes.class_names()))
-    _fit(network, epoch, epochs, math.ceil(len(images) / batch), 3e-3, 1e-2, device)
-    with torch.no_grad():
-        predicted = [network(part.to(device)).argmax(1).cpu().numpy() for part in _tensors(*val)[0].split(batch)]
-    return _accuracy(np.concatenate(predicted), val[1])
+def _accuracy(predicted: np.ndarray, test: Pictures) -> float:
+    known = test.targets != cityscapes.IGNORE
+    return 100 * float((predicted[known] == test.targets[known]).mean())
 
 
-def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    import torch
+class _Nowhere:
+    """Keeps no state of a run."""
 
-    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 128 - 1
-    return scaled.contiguous(), torch.from_numpy(labels).long()
+    def load(self) -> None: ...
+
+    def save(self, content: dict[str, Any]) -> None: ...
 
 
-def _small_network(classes: int) -> nn.Module:
+def trained(network: nn.Module, train: Pictures, test: Pictures, recipe: Recipe, device: str) -> float:
+    """Train and return the accuracy on `test`, per cent of the images or pixels."""
+    loss = partial(cross_entropy, ignore_index=cityscapes.IGNORE)
+    task = Task(train, test, loss, lambda: ConfusionMatrix(train.classes))
+    with Progress("Training", NullTracker(), "") as progress:
+        history = training.train(
+            network, task, recipe, seed=0, device=device, workers=0, store=_Nowhere(), observer=progress
+        )
+    return history[-1]["eval/pixel_accuracy"]
+
+
+def _segmenter(classes: int) -> Plain:
     """Return a plain network: down to a quarter, a few dilated convolutions, up again."""
-    from torch import nn
 
     def block(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
         return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    return nn.Sequential(
+    return Plain(
         *block(3, 24, 2), *block(24, 48, 2), *block(48, 64), *block(64, 64, dilation=2),
         *block(64, 64, dilation=4), *block(64, 64, dilation=8), *block(64, 64),
         nn.Conv2d(64, classes, 1), nn.Upsample(scale_factor=4, mode="bilinear", align_corners=False),

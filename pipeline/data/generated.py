@@ -6,20 +6,24 @@ measures.
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.cifar10 import CLASSES, FOLDER
+from pipeline.data.cifar10 import BATCHES, CLASSES, FOLDER
 from pipeline.data.manifest import DataError, checksum, code_digest, progress
 
 MARKER = "generated.json"
 DRAWING = ".drawing"
+CODE = ("generated.py", "shapes.py", "drawings.txt", "objects.py", "scenes.py")  # other code, other pictures
 WNIDS = {  # the ImageNet classes nearest to the ten objects
     "n01558993": "bird",
     "n01644373": "frog",
@@ -70,6 +74,7 @@ class GeneratedCityscapes:
 
 
 Generated = GeneratedCifar10 | GeneratedImageNet | GeneratedCityscapes
+Job = Callable[[], dict[str, bytes]]  # makes files, by their paths
 
 
 # ---- on disk
@@ -81,7 +86,8 @@ def ensure(root: Path, params: Generated) -> None:
     Raises:
         DataError: `root` holds other data, or a file that was not drawn.
     """
-    recipe = {"set": type(params).__name__, "params": asdict(params), "code": _code(params)}
+    code = code_digest(str(Path(__file__).with_name(name)) for name in CODE)
+    recipe = {"set": type(params).__name__, "params": asdict(params), "code": code}
     marker = root / MARKER
     if marker.is_file():
         if _is_whole(root, marker, recipe):
@@ -91,34 +97,24 @@ def ensure(root: Path, params: Generated) -> None:
     _draw(root, params, recipe)
 
 
-def _code(params: Generated) -> str:
-    """Return a digest of the code that draws: other code draws other pictures."""
-    drawing = "scenes.py" if isinstance(params, GeneratedCityscapes) else "objects.py"
-    return code_digest([__file__, str(Path(__file__).with_name(drawing))])
-
-
 def _is_whole(root: Path, marker: Path, recipe: dict) -> bool:
     """Return whether the files are those of `recipe`; contents are read only where size or time differ."""
     try:
         drawn = json.loads(marker.read_text())
     except ValueError:
         return False
-    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    present.discard(MARKER)
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {MARKER}
     for path in sorted(present - set(drawn["files"])):
         raise DataError(f"{root / path}: not one of the generated files; move it away, or set the source to folder")
-    if drawn["recipe"] != recipe or present != set(drawn["files"]):
-        return False
-    touched = False
-    for path, entry in drawn["files"].items():
-        status = (root / path).stat()
-        if [status.st_size, status.st_mtime_ns] != entry["stamp"]:
-            if checksum((root / path).read_bytes()) != entry["checksum"]:
-                return False
-            entry["stamp"], touched = [status.st_size, status.st_mtime_ns], True
-    if touched:
-        marker.write_text(json.dumps(drawn))
-    return True
+    return (drawn["recipe"], set(drawn["files"])) == (recipe, present) and all(
+        _stamp(root / path) == entry["stamp"] or checksum((root / path).read_bytes()) == entry["checksum"]
+        for path, entry in drawn["files"].items()
+    )
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _draw(root: Path, params: Generated, recipe: dict) -> None:
@@ -129,136 +125,116 @@ def _draw(root: Path, params: Generated, recipe: dict) -> None:
     (root / MARKER).unlink(missing_ok=True)
     match params:
         case GeneratedCifar10():
-            drawn, total = _cifar10(params), params.train + params.test
+            jobs = _cifar10(params)
         case GeneratedImageNet():
-            drawn, total = _imagenet(params), params.classes * (params.train_per_class + params.val_per_class)
+            jobs = _imagenet(params)
         case GeneratedCityscapes():
-            drawn, total = _cityscapes(params), params.train + params.val
+            jobs = _cityscapes(params)
     entries = {}
-    for files in progress(drawn, f"Drawing {root.name}", total):
-        for path, content in files.items():
+    for job in progress(jobs, f"Drawing {root.name}"):
+        for path, content in job().items():
             (drawing / path).parent.mkdir(parents=True, exist_ok=True)
             (drawing / path).write_bytes(content)
-            entries[path] = {"checksum": checksum(content)}
+            entries[path] = {"checksum": checksum(content), "stamp": _stamp(drawing / path)}
     for folder in sorted(drawing.iterdir()):
         shutil.rmtree(root / folder.name, ignore_errors=True)
         folder.rename(root / folder.name)
-    for path, entry in entries.items():
-        status = (root / path).stat()
-        entry["stamp"] = [status.st_size, status.st_mtime_ns]
     (root / MARKER).write_text(json.dumps({"recipe": recipe, "files": entries}))
     drawing.rmdir()
 
 
-# ---- the three sets; each yields, picture by picture, the files that are complete
+# ---- the three sets
 
 
-def _rng(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
-
-
-def _cifar10(params: GeneratedCifar10) -> Iterator[dict[str, bytes]]:
-    from pipeline.data.objects import small_picture
-
+def _cifar10(params: GeneratedCifar10) -> list[Job]:
     train, test = (
-        _rng(params.seed, 1, i).permutation(np.arange(n) % 10) for i, n in enumerate((params.train, params.test))
+        np.random.default_rng((params.seed, 1, i)).permutation(np.arange(n) % 10)
+        for i, n in enumerate((params.train, params.test))
     )
-    batches = [
-        (f"data_batch_{i}", f"training batch {i} of 5", part) for i, part in enumerate(np.array_split(train, 5), 1)
+    parts = [*np.array_split(train, 5), test]
+    meta = {b"num_cases_per_batch": len(parts[0]), b"label_names": [c.encode() for c in CLASSES], b"num_vis": 3072}
+    firsts = np.cumsum([0, *map(len, parts)]).tolist()
+    return [
+        *(partial(_batch, params.seed, name, *part) for name, *part in zip(BATCHES, firsts[:6], parts, strict=True)),
+        lambda: {f"{FOLDER}/batches.meta": python2_pickle(meta)},
     ]
-    first = 0
-    for name, title, part in [*batches, ("test_batch", "testing batch 1 of 1", test)]:
-        labels, size = part.tolist(), len(part)
-        pictures, names = [], []
-        for i, label in enumerate(labels):
-            pictures.append(small_picture(_rng(params.seed, 0, first + i), CLASSES[label]).transpose(2, 0, 1))
-            names.append(f"{CLASSES[label]}_s_{first + i:06d}.png".encode())
-            if i < size - 1:
-                yield {}
-        batch = {
-            b"batch_label": title.encode(),
-            b"labels": labels,
-            b"data": np.stack(pictures).reshape(size, -1),
-            b"filenames": names,
-        }
-        first += size
-        files = {f"{FOLDER}/{name}": python2_pickle(batch)}
-        if name == "test_batch":
-            meta = {
-                b"num_cases_per_batch": len(batches[0][2]),
-                b"label_names": [c.encode() for c in CLASSES],
-                b"num_vis": 3072,
-            }
-            files[f"{FOLDER}/batches.meta"] = python2_pickle(meta)
-        yield files
 
 
-def _imagenet(params: GeneratedImageNet) -> Iterator[dict[str, bytes]]:
+def _batch(seed: int, name: str, first: int, labels: np.ndarray) -> dict[str, bytes]:
+    """Draw a batch, whose pictures are numbered from `first` on."""
+    from pipeline.data.objects import photo
+
+    kinds = list(enumerate((CLASSES[label] for label in labels), first))
+    pictures = [photo(np.random.default_rng((seed, 0, i)), kind, 32, 32).transpose(2, 0, 1) for i, kind in kinds]
+    title = "testing batch 1 of 1" if name == "test_batch" else f"training batch {name[-1]} of 5"
+    batch = {
+        b"batch_label": title.encode(),
+        b"labels": labels.tolist(),
+        b"data": np.stack(pictures).reshape(len(labels), -1),
+        b"filenames": [f"{kind}_s_{i:06d}.png".encode() for i, kind in kinds],
+    }
+    return {f"{FOLDER}/{name}": python2_pickle(batch)}
+
+
+def _imagenet(params: GeneratedImageNet) -> list[Job]:
+    train, val = params.train_per_class, params.val_per_class
+    return [
+        partial(_jpeg, params.seed, label, i, path)
+        for label, wnid in enumerate(list(WNIDS)[: params.classes])
+        for i, path in enumerate(
+            [f"train/{wnid}/{wnid}_{i}.JPEG" for i in range(train)]
+            + [f"val/{wnid}/ILSVRC2012_val_{label * val + i + 1:08d}.JPEG" for i in range(val)]
+        )
+    ]
+
+
+def _jpeg(seed: int, label: int, index: int, path: str) -> dict[str, bytes]:
     import cv2
 
-    from pipeline.data.objects import large_picture
+    from pipeline.data.objects import photo
 
-    for label, (wnid, kind) in enumerate(list(WNIDS.items())[: params.classes]):
-        for split, start, number in (
-            ("train", 0, params.train_per_class),
-            ("val", params.train_per_class, params.val_per_class),
-        ):
-            for i in range(start, start + number):
-                rng = _rng(params.seed, label, i)
-                height, width = (int(side) for side in rng.integers(180, 401, 2))
-                picture = large_picture(rng, kind, height, width)
-                code = cv2.COLOR_RGB2GRAY if rng.random() < 0.1 else cv2.COLOR_RGB2BGR
-                quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))]
-                content = cv2.imencode(".jpg", cv2.cvtColor(picture, code), quality)[1].tobytes()
-                name = f"{wnid}_{i}" if split == "train" else f"ILSVRC2012_val_{label * number + i - start + 1:08d}"
-                yield {f"{split}/{wnid}/{name}.JPEG": content}
+    rng = np.random.default_rng((seed, label, index))
+    height, width = (int(side) for side in rng.integers(180, 401, 2))
+    picture = photo(rng, list(WNIDS.values())[label], height, width)
+    code = cv2.COLOR_RGB2GRAY if rng.random() < 0.1 else cv2.COLOR_RGB2BGR
+    quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(70, 96))]
+    return {path: cv2.imencode(".jpg", cv2.cvtColor(picture, code), quality)[1].tobytes()}
 
 
-def _cityscapes(params: GeneratedCityscapes) -> Iterator[dict[str, bytes]]:
+def _cityscapes(params: GeneratedCityscapes) -> list[Job]:
+    numbers = {"train": params.train, "val": params.val}
+    stems = [
+        f"{split}/{city}/{city}_{i:06d}_000019"
+        for split, number in numbers.items()
+        for i, city in ((i, CITIES[split][i * len(CITIES[split]) // number]) for i in range(number))
+    ]
+    return [partial(_scene, params, index, stem) for index, stem in enumerate(stems)]
+
+
+def _scene(params: GeneratedCityscapes, index: int, stem: str) -> dict[str, bytes]:
     import cv2
 
     from pipeline.data.scenes import street
 
-    for split, start, number in (("train", 0, params.train), ("val", params.train, params.val)):
-        for i in range(number):
-            city = CITIES[split][i * len(CITIES[split]) // number]
-            image, ids = street(_rng(params.seed, start + i), params.height, params.width)
-            stem = f"{split}/{city}/{city}_{i:06d}_000019"
-            yield {
-                f"leftImg8bit/{stem}_leftImg8bit.png": cv2.imencode(".png", image[..., ::-1])[1].tobytes(),
-                f"gtFine/{stem}_gtFine_labelIds.png": cv2.imencode(".png", ids)[1].tobytes(),
-            }
+    image, ids = street(np.random.default_rng((params.seed, index)), params.height, params.width)
+    return {
+        f"leftImg8bit/{stem}_leftImg8bit.png": cv2.imencode(".png", image[..., ::-1])[1].tobytes(),
+        f"gtFine/{stem}_gtFine_labelIds.png": cv2.imencode(".png", ids)[1].tobytes(),
+    }
 
 
 # ---- CIFAR-10's pickles
 
 
 def python2_pickle(value: object) -> bytes:
-    """Return `value` pickled as Python 2 would: CIFAR-10's files are such, and what reads them expects it.
+    """Return `value` pickled with its byte strings as Python 2's str: CIFAR-10's files are such."""
+    file = io.BytesIO()
+    _Python2(file, 2).dump(value)
+    return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.", 1)  # a module of NumPy 2
 
-    Known are dictionaries, lists, whole numbers, byte strings (Python 2's str) and arrays of unsigned bytes.
-    """
-    return b"\x80\x02" + _pickled(value) + b"."
 
+class _Python2(pickle._Pickler):
+    def _save_str(self, value: bytes) -> None:
+        self.write(b"T" + struct.pack("<i", len(value)) + value)  # type: ignore[attr-defined]
 
-def _pickled(value: object) -> bytes:
-    match value:
-        case dict():
-            return b"}(" + b"".join(_pickled(part) for item in value.items() for part in item) + b"u"
-        case list():
-            return b"](" + b"".join(map(_pickled, value)) + b"e"
-        case int() if 0 <= value < 256:
-            return b"K" + bytes([value])
-        case int():
-            return b"J" + struct.pack("<i", value)
-        case bytes() if len(value) < 256:
-            return b"U" + bytes([len(value)]) + value
-        case bytes():
-            return b"T" + struct.pack("<i", len(value)) + value
-        case np.ndarray() if value.dtype == np.uint8:
-            blank = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + _pickled(0) + b"\x85U\x01b\x87R"
-            dtype = b"cnumpy\ndtype\nU\x02u1" + _pickled(0) + _pickled(1) + b"\x87R"
-            dtype += b"(" + _pickled(3) + b"U\x01|NNN" + _pickled(-1) + _pickled(-1) + _pickled(0) + b"tb"
-            shape = b"(" + b"".join(map(_pickled, value.shape)) + b"t"
-            return blank + b"(" + _pickled(1) + shape + dtype + b"\x89" + _pickled(value.tobytes()) + b"tb"
-    raise TypeError(f"{type(value).__name__} is not in CIFAR-10's files")
+    dispatch = {**pickle._Pickler.dispatch, bytes: _save_str}  # type: ignore[assignment]
