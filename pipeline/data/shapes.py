@@ -33,7 +33,7 @@ def _read(text: str) -> dict[str, list[Part]]:
     parts, label = [], ""
     for line in text.splitlines():
         if not line.startswith("    "):
-            parts = found[line] = []
+            parts = found[line] = []  # a name; or a comment, which has no parts
             continue
         for words in map(str.split, line.split(";")):
             if words[0].endswith(":"):
