@@ -159,9 +159,10 @@ def machine() -> None:
 @_stage()
 def report() -> None:
     """Make the report from what the other stages wrote: results/report/index.html."""
+    from pipeline import params
     from pipeline.machine import Machine
 
-    _run("report", Machine.from_environment(device="cpu"))
+    _run("report", Machine.from_environment(device="cpu", scale=params.scale(PARAMS)))
 
 
 @_around()

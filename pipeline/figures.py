@@ -25,11 +25,12 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 BLUE, YELLOW, GREEN, RED, PURPLE, GREY = "#2f7fd1", "#e0a100", "#2f9e77", "#d1495b", "#8b6cc9", "#8a9099"
 CYCLE = (BLUE, RED, GREEN, PURPLE, YELLOW, GREY, "#1aa3a3", "#7a4b2a", "#e07bb5", "#4a5bd0")
-SOLVER_COLOURS = {"broyden": BLUE, "fixed_point": YELLOW, "anderson": GREEN}
-SOLVER_NAMES = {"broyden": "Broyden", "fixed_point": "iterating f", "anderson": "Anderson"}
+SOLVERS = {"broyden": "Broyden", "fixed_point": "iterating f", "anderson": "Anderson"}
+COLOURS = {"Broyden": BLUE, "iterating f": YELLOW, "Anderson": GREEN}
 INK, DARK = "#1b1f23", "#1c2024"  # the page's ink; what stays dark on a dark page
 LOSS = "loss/train_epoch"
-_MEASURES = {"top1": BLUE, "top5": GREEN, "miou": BLUE, "pixel_accuracy": GREEN}
+MEASURES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+ENDS, UNROLLED = ("", "_unrolled"), ", unrolled"
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f9fd", "#a9cbed", "#2f7fd1", "#123b66"])
 
 _SCHEMES = (
@@ -74,12 +75,23 @@ def _style(changes: dict[str, Any] | None = None) -> AbstractContextManager[None
 
 
 @dataclass(frozen=True)
+class Panel:
+    """A plot of ``lines``: by label a frame whose index is x, with a column a sample; ``legend`` is its title."""
+
+    title: str
+    ylabel: str
+    lines: Mapping[str, pd.DataFrame]
+    legend: str | None = ""
+
+
+@dataclass(frozen=True)
 class Drawn:
-    """A figure with its name (of a file, and unique on a page) and its caption."""
+    """A figure with its name (of a file, and unique on a page), its caption and its width on a page in pixels."""
 
     name: str
     figure: Figure
     caption: str
+    width: int = 700
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -112,133 +124,81 @@ def _svg(figure: Figure, name: str) -> str:
     return re.sub(r'\bid="|href="#|url\(#', lambda found: f"{found[0]}{name}-", markup)
 
 
-def training_curves(history: pd.DataFrame, title: str) -> Figure:
-    """Loss and validation measures by epoch (as Figure 4a): the mean over seeds, each seed drawn thin.
+def lines(panels: Sequence[Panel], xlabel: str, *, columns: int | None = None, log: bool = False) -> Figure:
+    """Curves side by side, ``columns`` a row; a line is the mean over its frame's columns, its band one deviation.
 
-    ``history`` is history.csv: a row a seed and epoch, with epoch, loss/train_epoch, any eval/ columns; those
-    whose name ends in ``_unrolled`` are dashed.
+    A label keeps its colour over all panels; one that ends in "unrolled" is dashed, in the colour of its base.
     """
-    measures = _measures(history)
+    across = columns or len(panels)
+    down = -(-len(panels) // across)
+    bases = list(dict.fromkeys(label.removesuffix(UNROLLED) for panel in panels for label in panel.lines))
     with _style():
-        figure = Figure(figsize=(10.4, 3.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _curve(left, history, LOSS, BLUE, "training loss")
-        left.set(title=title, xlabel="epoch", ylabel="training loss")
-        for name in measures:
-            _curve(
-                right,
-                history,
-                name,
-                _MEASURES[name.removeprefix("eval/").removesuffix("_unrolled")],
-                _label(name),
-            )
-        right.set(title="validation", xlabel="epoch", ylabel="%")
-        for axes in (left, right):
+        figure = Figure(figsize=(3.5 * across + (3.9 if across == 1 else 0.6), 3.1 * down), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False, sharey="row" if log else "none")
+        for axes, panel in zip(grid.flat, panels, strict=True):
+            for label, samples in panel.lines.items():
+                base = label.removesuffix(UNROLLED)
+                style = "-" if base == label else (0, (3, 2))
+                _curve(axes, samples, label, COLOURS.get(base, CYCLE[bases.index(base) % len(CYCLE)]), style)
+            axes.set(title=panel.title, ylabel=panel.ylabel, xlabel=xlabel)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        if measures:
-            right.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+            if log:
+                axes.set_yscale("log")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            if panel.legend is not None and panel.lines:
+                axes.legend(title=panel.legend, loc="best")
     return figure
 
 
-def accuracy_by_epoch(histories: Mapping[str, pd.DataFrame], measure: str, ylabel: str) -> Figure:
-    """Figure 4a's axes: one validation measure against the epoch, a line a model, a band of one deviation of seeds."""
-    with _style():
-        figure = Figure(figsize=(7.4, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for index, (name, history) in enumerate(histories.items()):
-            if measure in history and bool(history[measure].notna().any()):
-                _curve(axes, history, measure, CYCLE[index % len(CYCLE)], name)
-        axes.set(xlabel="epoch", ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
-    return figure
+def _curve(axes: Axes, samples: pd.DataFrame, label: str, colour: str, style: Any) -> None:
+    samples = samples.dropna(how="all")
+    mean, spread = samples.mean(axis=1), samples.std(axis=1, ddof=0)
+    marker = "o" if len(mean) <= 12 else None
+    axes.plot(mean.index, mean, color=colour, linestyle=style, label=label, marker=marker, markersize=3.5)
+    if samples.shape[1] > 1:
+        # a mean less its deviation may be negative, which a log axis cannot show: no lower than what was seen
+        low = np.maximum(mean - spread, samples.min(axis=1))
+        axes.fill_between(mean.index, low, mean + spread, color=colour, alpha=0.22, linewidth=0)
 
 
-def figure5_scales(traces: Mapping[str, pd.DataFrame]) -> Figure:
-    """The residual of each scale in Broyden's method, means over the batches: a column a data set, a line a scale."""
-    with _style():
-        figure = Figure(figsize=(3.4 * len(traces) + 0.6, 3.2), layout="constrained")
-        cells = figure.subplots(1, len(traces), squeeze=False, sharey="row")[0]
-        for axes, (name, trace) in zip(cells, traces.items(), strict=True):
-            means: Any = trace[trace["solver"] == "broyden"].groupby("evaluation").mean(numeric_only=True)
-            for index, column in enumerate(c for c in means if c.startswith("residual_")):
-                axes.plot(means.index, means[column], color=CYCLE[index], label=f"scale {index + 1}")
-            _log(axes)
-            axes.set(title=name, xlabel="evaluations of f")
-            axes.legend(loc="best")
-        cells[0].set_ylabel(r"$\Vert f(z)_i - z_i\Vert \, / \, \Vert f(z)_i\Vert$")
-    return figure
+def by_seed(history: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A measure of history.csv, one row an epoch and one column a seed."""
+    return history.assign(seed=history.get("seed", 0)).pivot_table(column, "epoch", "seed")
 
 
-def figure5_training(histories: Mapping[str, pd.DataFrame]) -> Figure:
-    """The validation's mean residual after 2, 4, 8, ... evaluations by epoch: a column a model, a line a number."""
-    start = "solver/residual_after_"
-    with _style():
-        figure = Figure(figsize=(3.4 * len(histories) + 0.6, 3.2), layout="constrained")
-        cells = figure.subplots(1, len(histories), squeeze=False)[0]
-        for axes, (name, history) in zip(cells, histories.items(), strict=True):
-            for index, column in enumerate(c for c in history if c.startswith(start)):
-                _curve(axes, history, column, CYCLE[index], column.removeprefix(start))
-            _log(axes)
-            axes.set(title=name, xlabel="epoch")
-            axes.legend(loc="best", title="evaluations")
-        cells[0].set_ylabel("residual, the one that stops")
-    return figure
-
-
-def accuracy_by_steps(curves: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Test accuracy against the solver's limit on steps, a line a model: {model: {"1": accuracy, ...}}."""
-    with _style():
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for index, (name, curve) in enumerate(curves.items()):
-            steps = [int(step) for step in curve]
-            axes.plot(steps, list(curve.values()), "o-", color=CYCLE[index % len(CYCLE)], label=name, markersize=3.5)
-        axes.set(xlabel="limit on the solver's steps", ylabel="test accuracy, %")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower right")
-    return figure
-
-
-def _log(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+def training_curves(history: pd.DataFrame, title: str) -> Figure:
+    """Training loss and validation measures by epoch; ``history`` is history.csv: a row a seed and epoch."""
+    shown = {f"eval/{name}{end}": f"{label}{end and UNROLLED}" for name, label in MEASURES.items() for end in ENDS}
+    validation = {label: by_seed(history, name) for name, label in shown.items() if name in history}
+    loss = Panel(title, "training loss", {"loss": by_seed(history, LOSS)}, legend=None)
+    return lines([loss, Panel("validation", "%", validation)], "epoch")
 
 
 def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
     """Figure 5, a column a data set: above the paper's change |z[k+1] - z[k]| / |z[k]|, below the residual.
 
-    Each trace is tidy: solver, batch, evaluation, change, residual. Lines are means over the batches, bands
-    one standard deviation. A single data set has its two plots side by side.
+    Each trace is tidy: solver, batch, evaluation, change, residual. Bands are one deviation over the batches.
     """
-    measures = {
-        "change": r"$\Vert z^{[k+1]} - z^{[k]}\Vert \, / \, \Vert z^{[k]}\Vert$",
-        "residual": r"$\Vert f(z) - z\Vert \, / \, \Vert f(z)\Vert$",
-    }
-    shape = (1, 2) if len(traces) == 1 else (2, len(traces))
-    with _style():
-        width = 8.4 if len(traces) == 1 else 3.4 * len(traces) + 0.6
-        figure = Figure(figsize=(width, 3.3 * shape[0]), layout="constrained")
-        grid = np.asarray(
-            figure.subplots(*shape, squeeze=False, sharex=True, sharey="row" if len(traces) > 1 else "none")
+    names = {"change": "|z[k+1] - z[k]| / |z[k]|", "residual": "|f(z) - z| / |f(z)|"}
+    panels = [
+        Panel(
+            f"{name}, {measure}" if len(traces) == 1 else name if measure == "change" else "",
+            label if len(traces) == 1 or name == next(iter(traces)) else "",
+            by_solver(trace, measure),
+            "" if name == next(iter(traces)) else None,
         )
-        cells = grid[0][:, None] if len(traces) == 1 else grid
-        for column, (name, trace) in enumerate(traces.items()):
-            for row, (measure, label) in enumerate(measures.items()):
-                axes = cells[row][column]
-                _bands(axes, trace, measure)
-                axes.set_xlim(left=0)
-                if len(traces) == 1 or row == 0:
-                    axes.set_title(name if len(traces) > 1 else measure)
-                if len(traces) == 1 or row == 1:
-                    axes.set_xlabel("evaluations of f")
-                if len(traces) == 1 or column == 0:
-                    axes.set_ylabel(label)
-        if len(traces) == 1:
-            figure.suptitle(next(iter(traces)), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
-        cells[0][0].legend(loc="best")
-    return figure
+        for measure, label in names.items()
+        for name, trace in traces.items()
+    ]
+    return lines(panels, "evaluations of f", columns=max(2, len(traces)), log=True)
+
+
+def by_solver(trace: pd.DataFrame, measure: str) -> dict[str, pd.DataFrame]:
+    """A measure of trace.csv by solver, one row an evaluation and one column a batch."""
+    return {
+        SOLVERS.get(str(solver), str(solver)): own.pivot_table(measure, "evaluation", "batch")
+        for solver, own in trace.groupby("solver", sort=False)
+    }
 
 
 def overview(
@@ -296,11 +256,10 @@ def overview(
         # an octave is as wide as a column, so that each look stands above its evaluation
         axes, half = place(0, lower + answer + 0.22, size[0] - left - gap, below - 0.67), wide / (wide + gap) / 2
         for solver, curve in residuals.items():
-            colour, label = SOLVER_COLOURS.get(solver, GREY), SOLVER_NAMES.get(solver, solver)
-            axes.plot(range(1, len(curve) + 1), curve, color=colour, label=label)
-        first = next(iter(residuals))
-        seen = [residuals[first][evaluation - 1] for evaluation in looks]
-        axes.plot(list(looks), seen, "o", color=SOLVER_COLOURS.get(first, GREY), markersize=5)
+            label = SOLVERS.get(solver, solver)
+            axes.plot(range(1, len(curve) + 1), curve, color=COLOURS.get(label, GREY), label=label)
+        first = next(iter(residuals.values()))
+        axes.plot(list(looks), [first[evaluation - 1] for evaluation in looks], "o", color=BLUE, markersize=5)
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)
         axes.set(xlim=(2**-half, max(looks) * 2**half), xlabel="evaluations of f", ylabel="|f(z) - z| / |f(z)|")
@@ -472,44 +431,6 @@ def _legend(figure: Figure, present: Sequence[int], names: Sequence[str], colour
     handles = [Patch(color=tuple(colours[label] / 255)) for label in present]
     labels = [names[label] for label in present]
     figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=7.5, handlelength=1.1)
-
-
-def _measures(history: pd.DataFrame) -> list[str]:
-    """The validation columns to draw, at the equilibrium and unrolled."""
-    return [f"eval/{name}{end}" for name in _MEASURES for end in ("", "_unrolled") if f"eval/{name}{end}" in history]
-
-
-def _label(column: str) -> str:
-    name = column.removeprefix("eval/").removesuffix("_unrolled")
-    kind = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "pixel_accuracy": "pixel accuracy"}[name]
-    return f"{kind}, unrolled" if column.endswith("_unrolled") else kind
-
-
-def _curve(axes: Axes, history: pd.DataFrame, column: str, colour: str, label: str) -> None:
-    style = (0, (3, 2)) if "unrolled" in column else "-"
-    drawn = history[history[column].notna()]
-    seeds: Any = drawn.groupby("seed") if "seed" in drawn else [(0, drawn)]
-    mean: Any = drawn.groupby("epoch")[column].mean()
-    if len(seeds) > 1:
-        spread: Any = drawn.groupby("epoch")[column].std()
-        axes.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.22, linewidth=0)
-        for _, one in seeds:
-            axes.plot(one["epoch"], one[column], color=colour, linewidth=0.5, alpha=0.3, linestyle=style)
-    marker = "o" if len(mean) <= 12 else None
-    axes.plot(mean.index, mean, color=colour, linestyle=style, label=label, marker=marker, markersize=3.5)
-
-
-def _bands(axes: Axes, trace: pd.DataFrame, measure: str) -> None:
-    for solver, own in trace.groupby("solver", sort=False):
-        groups: Any = own.dropna(subset=[measure]).groupby("evaluation")[measure]
-        mean, std = groups.mean(), groups.std(ddof=0)
-        colour = SOLVER_COLOURS.get(str(solver), GREY)
-        axes.plot(mean.index, mean, color=colour, label=SOLVER_NAMES.get(str(solver), str(solver)))
-        # a mean less its deviation may be negative, which a log axis cannot show: no lower than what was seen
-        low = np.maximum(mean - std, groups.min())
-        axes.fill_between(mean.index, low, mean + std, color=colour, alpha=0.22, linewidth=0)
-    _log(axes)
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[str]) -> None:

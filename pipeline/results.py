@@ -6,7 +6,6 @@ Only files below ``results/`` are read. What is missing or unreadable is not an 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ OFFICIAL = {
 }
 """Images of the sets that the paper's numbers are about."""
 
-Facts = dict[str, Any]
+Measured = dict[str, Any]
 
 
 @dataclass
@@ -32,23 +31,22 @@ class Results:
     """Every result file that exists, by the folders' names; ``problems`` names the unreadable ones."""
 
     root: Path
-    data: dict[str, Facts] = field(default_factory=dict)
-    training: dict[tuple[str, str], Facts] = field(default_factory=dict)
+    data: dict[str, Measured] = field(default_factory=dict)
+    training: dict[tuple[str, str], Measured] = field(default_factory=dict)
     history: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
-    evaluation: dict[tuple[str, str], Facts] = field(default_factory=dict)
+    evaluation: dict[tuple[str, str], Measured] = field(default_factory=dict)
     confusion: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
-    convergence: dict[str, Facts] = field(default_factory=dict)
+    convergence: dict[str, Measured] = field(default_factory=dict)
     traces: dict[str, pd.DataFrame] = field(default_factory=dict)
-    runtime: Facts | None = None
+    runtime: Measured | None = None
     problems: list[str] = field(default_factory=list)
 
-    def everything(self) -> Iterator[Facts]:
-        """The facts of every stage that measured something."""
-        yield from self.training.values()
-        yield from self.evaluation.values()
-        yield from self.convergence.values()
-        if self.runtime:
-            yield self.runtime
+    def measured(self) -> dict[str, Measured]:
+        """What each stage measured, by the words that run it."""
+        found = {f"{stage} {model}": facts for (stage, model), facts in self.training.items()}
+        found |= {f"evaluate {dataset} {model}": facts for (dataset, model), facts in self.evaluation.items()}
+        found |= {f"convergence {dataset}": facts for dataset, facts in self.convergence.items()}
+        return found | ({"benchmark": self.runtime} if self.runtime else {})
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def ablations(results: Results) -> dict[str, list[Line]]:
     return found
 
 
-def data_statement(results: Results, dataset: str, facts: Facts) -> tuple[str, bool]:
+def data_statement(results: Results, dataset: str, facts: Measured) -> tuple[str, bool]:
     """What data a result is about, in plain words, and whether they are the paper's."""
     name = NAMES[dataset]
     summary = results.data.get(dataset, {})
@@ -139,7 +137,7 @@ def data_statement(results: Results, dataset: str, facts: Facts) -> tuple[str, b
     )
 
 
-def short_commit(facts: Facts) -> str:
+def short_commit(facts: Measured) -> str:
     """The commit's first seven digits, with the mark of a changed checkout; "none" without git."""
     commit = str(facts.get("commit") or "")
     return commit[:7] + ("+" if commit.endswith("+") else "") if commit not in ("", "none") else "none"
@@ -189,7 +187,7 @@ def _line(results: Results, table: Table, row: Row) -> Line:
     )
 
 
-def _ours(key: str, training: Facts, evaluation: Facts, seeds: int) -> str:
+def _ours(key: str, training: Measured, evaluation: Measured, seeds: int) -> str:
     """Mean and deviation over several seeds; of one seed the evaluation's number, else training's."""
     if seeds > 1 and f"{key}_std" in training:
         return number(Number(float(training[key]), float(training[f"{key}_std"])))
@@ -197,7 +195,7 @@ def _ours(key: str, training: Facts, evaluation: Facts, seeds: int) -> str:
     return "–" if value is None or value != value else number(Number(float(value)))
 
 
-def _scale(training: Facts) -> str:
+def _scale(training: Measured) -> str:
     """How much training it was and what a prediction costs, where the metrics say."""
     epochs, flops = training.get("epochs"), training.get("flops")
     trained = "" if epochs is None else f"{epochs} epochs" if epochs else "its library's weights"
@@ -225,14 +223,14 @@ def _entry(found: Results, key: Any, path: Path, reader: Any) -> dict[Any, Any]:
         return {}
 
 
-def _json(path: Path) -> Facts:
+def _json(path: Path) -> Measured:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("not an object")
     return content
 
 
-def _runtime(path: Path) -> Facts:
+def _runtime(path: Path) -> Measured:
     content = _json(path)
     for entry in content["models"].values():
         _ = float(entry["seconds"]), float(entry["relative"]["time"]), float(entry["relative"]["memory"])

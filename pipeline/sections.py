@@ -1,341 +1,337 @@
-"""The sections of the report's page: tables, figures and pictures, each from what the stages wrote."""
+"""The sections of the report: tables, figures and pictures, each from what the stages wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from pipeline import figures, page
-from pipeline.figures import Drawn
-from pipeline.paper import ABLATED, FIGURE_4B, FIGURE_4B_RELATIVE, TABLES, Table
-from pipeline.results import NAMES, Facts, Line, Results, ablations, data_statement, iou_by_class, short_commit
-
-TITLE = "Multiscale Deep Equilibrium Models: the paper's numbers and ours"
-KINDS = {"measured": "ours", "paper only": "quoted", "not run": "missing"}
-SOLVER_COLUMNS = (
-    ("solver/relative_residual", "residual, mean", "{:.2g}"),
-    ("solver/relative_residual_max", "residual, worst", "{:.2g}"),
-    ("solver/converged", "converged", "{:.0%}"),
-    ("solver/nfe", "evaluations of f", "{:.1f}"),
-    ("solver/steps_to_best", "updates to best", "{:.1f}"),
+from pipeline import figures
+from pipeline.figures import Drawn, Panel, by_seed
+from pipeline.page import Facts, Folded, Part, Picture, Row, Section, Sheet
+from pipeline.paper import (
+    ABLATED,
+    FIGURE_4A,
+    FIGURE_4B,
+    FIGURE_4B_RELATIVE,
+    FIGURE_5,
+    FIGURE_5_SCALES,
+    FIGURE_5_TRAINING,
+    TABLES,
+    Table,
+)
+from pipeline.results import (
+    NAMES,
+    TRAINED_BY,
+    Line,
+    Measured,
+    Results,
+    ablations,
+    data_statement,
+    iou_by_class,
+    short_commit,
 )
 
+SOLVER_COLUMNS = {
+    "residual, mean": ("solver/relative_residual", "{:.2g}"),
+    "residual, worst": ("solver/relative_residual_max", "{:.2g}"),
+    "converged": ("solver/converged", "{:.0%}"),
+    "evaluations of f": ("solver/nfe", "{:.1f}"),
+    "updates to best": ("solver/steps_to_best", "{:.1f}"),
+}
+OVERVIEW = (
+    "An image x of the evaluation split, and the state z at each of its scales as the solver comes to z* = f(z*, x); "
+    "colours are z's principal components. Below: the answer from that z, and how far z is from f(z)."
+)
+AFTER = "solver/residual_after_"
 
-def document(
-    results: Results, drawn: dict[int, list[Line]], pictures: dict[str, Drawn], facts: dict[str, str | int]
-) -> str:
-    """The whole page; ``drawn`` are the lines of each table, ``facts`` describe the machine that makes it."""
-    sections = [
-        *((f"table{t.number}", f"Table {t.number}", _table(t, drawn[t.number])) for t in TABLES),
-        ("training", "Training", _training(pictures)),
-        ("figure4b", "Time and memory", _benchmark(results, pictures)),
-        ("figure5", "Convergence", _convergence(results, pictures)),
-        ("solver", "Solver at test time", _solver(results, pictures)),
-        ("ablations", "Ablations", _ablations(results, pictures)),
-        ("predictions", "Predictions", _predictions(results)),
-        ("data", "Data", _data(results)),
-        ("made", "How it was made", _made(results, facts)),
+
+def sections(results: Results, tables: dict[int, list[Line]], facts: dict[str, str | int]) -> list[Section]:
+    """All of them; ``tables`` has the lines of each table by its number, ``facts`` describe the machine."""
+    overviews = [results.root / "convergence" / dataset / "overview.svg" for dataset in reversed(NAMES)]
+    pictures = [Picture(path, OVERVIEW) for path in overviews if path.is_file()]
+    return [
+        *([Section("model", "The model", "From an image to its equilibrium", pictures[:1])] if pictures else []),
+        *(_table(table, tables[table.number]) for table in TABLES),
+        _training(results),
+        _benchmark(results),
+        _convergence(results, pictures[1:]),
+        _solver(results),
+        _ablations(results),
+        Section("predictions", "Predictions", "Predictions", list(_predictions(results))),
+        Section("data", "Data", "Data", list(_data(results))),
+        _made(results, facts),
     ]
-    body = [
-        f"<h1>{page.escape(TITLE)}</h1>",
-        '<p class="soft">Bai, Koltun and Kolter, NeurIPS 2020, rebuilt end to end. Every number of ours is '
-        "read from a file that a stage of the pipeline wrote.</p>",
-        page.navigation((anchor, title) for anchor, title, _ in sections),
-        _notice(results, [line for rows in drawn.values() for line in rows]),
-    ]
-    return page.document(TITLE, body + [content for _, _, content in sections])
 
 
-def _notice(results: Results, every: Sequence[Line]) -> str:
-    measured = [line for line in every if line.status == "measured"]
-    comparable = sum(line.comparable for line in measured)
-    missing = sum(line.status == "not run" for line in every)
-    text = (
-        f"{len(measured)} systems were measured here, {comparable} of them on the paper's data; "
-        f"{missing} more were not run."
-    )
-    points = []
-    if comparable < len(measured):
-        points.append(
-            "Numbers on generated data, or on a part of the data, show that the pipeline works. They cannot "
-            "be compared with the paper's, even where they stand beside them."
-        )
-    return page.notice(text, points + results.problems)
+def linked(words: str, facts: Measured) -> str:
+    """A number, linked to the run that measured it if that was tracked."""
+    run = str(facts.get("run") or "")
+    return f"[{words}](#run-{run[:8]})" if run else words
 
 
-# ---- tables
+def _not_run(what: str, command: str) -> str:
+    return f"not run: {what} (`{command}`)"
 
 
-def _table(table: Table, rows: Sequence[Line]) -> str:
-    backbone = any(line.row.backbone for line in rows)
+def _table(table: Table, lines: Sequence[Line]) -> Section:
+    backbone = any(line.row.backbone for line in lines)
     headings = ["system", *(["backbone"] if backbone else []), "size"]
     for heading, _ in table.measures:
         unit = heading.replace(", %", ",\u00a0%")
         headings += [f"paper: {unit}", f"ours: {unit}"]
-    headings.append("where ours ran")
-    cells: list[tuple[str, list[str]]] = []
-    group = ""
-    for line in rows:
+    rows, group = [], ""
+    for line in lines:
         heading = line.row.group if line.row.values else "ours, not in the paper's table"
         if heading != group:
-            cells.append(("group", [page.escape(heading)]))
+            rows.append(Row([heading]))
         group = heading
-        cells.append((KINDS[line.status], _cells(line, backbone)))
-    drawn = page.table(headings, cells, range(2 + backbone, len(headings) - 1))
+        size = line.row.size or line.size or "–"
+        size += f"\nours {line.size}" if line.size not in ("", size) else ""
+        cells = [line.row.system + "\nimplicit" * line.row.implicit, *([line.row.backbone] if backbone else []), size]
+        for paper, ours in zip(line.paper, line.ours, strict=True):
+            cells += [paper or "–", _ours(line, ours)]
+        rows.append(Row([*cells, _where(line)], _tag(line)))
+    sheet = Sheet([*headings, "where ours ran"], rows, range(2 + backbone, len(headings)))
     title, lead = f"Table {table.number}: {table.title}", f"{table.section}; {table.note}."
-    return page.section(f"table{table.number}", title, drawn, lead=lead)
+    return Section(f"table{table.number}", f"Table {table.number}", title, [sheet], lead)
 
 
-def _cells(line: Line, backbone: bool) -> list[str]:
-    system = page.escape(line.row.system)
-    if line.row.implicit:
-        system += ' <span class="soft small">implicit</span>'
-    size = page.escape(line.row.size or line.size or "–")
-    if line.size and line.row.size and line.size != line.row.size:
-        size += f'<br><span class="soft small">ours {line.size}</span>'
-    cells = [system, *([page.escape(line.row.backbone)] if backbone else []), size]
-    for paper, ours in zip(line.paper, line.ours, strict=True):
-        cells += [page.escape(paper or "–"), f"<strong>{page.escape(ours)}</strong>" if ours else ""]
-    return [*cells, _where(line)]
+def _tag(line: Line) -> str:
+    return line.status if line.status != "measured" else "the paper's data" if line.comparable else "other data"
+
+
+def _ours(line: Line, number: str) -> str:
+    return f"**{linked(number, {'run': line.run})}**" if number else ""
 
 
 def _where(line: Line) -> str:
     if line.status != "measured":
-        return f"{page.tag(line.status, 'grey')} {page.escape(line.note)}"
-    label = page.tag("the paper's data", "green") if line.comparable else page.tag("other data", "amber")
-    run = f" · run {line.run[:8]}" if line.run else ""
-    made = " · ".join(
-        [line.device, f"seed {line.seeds}", *([line.scale] if line.scale else []), f"commit {line.commit}"]
-    )
-    return f'{label} {page.escape(line.note)}<br><span class="soft">{page.escape(made + run)}</span>'
+        return line.note
+    run = linked(f"run {line.run[:8]}", {"run": line.run}) if line.run else ""
+    made = (line.device, f"seed {line.seeds}", line.scale, f"commit {line.commit}", run)
+    return f"{line.note}\n{' · '.join(filter(None, made))}"
 
 
-# ---- figures
-
-
-def _training(pictures: dict[str, Drawn]) -> str:
-    content = [_figure(pictures["figure4a"], 700)] if "figure4a" in pictures else []
-    content += [_figure(picture, 900) for name, picture in pictures.items() if name.startswith("curves-")]
-    if not content:
-        content = [_not_run("no training stage has results", "python -m pipeline classify mdeq-small")]
+def _training(results: Results) -> Section:
+    curves = {model: table for (stage, model), table in results.history.items() if stage == "classify"}
+    varied = {line.row.system for found in ablations(results).values() for line in found} - {ABLATED}
+    parts: list[Part] = []
+    if own := {model: table for model, table in curves.items() if model not in varied}:
+        data = data_statement(results, "cifar10", {})[0]
+        caption = f"{FIGURE_4A}. Ours, on {data}; lines are means over the seeds, bands one standard deviation."
+        parts.append(Drawn("figure4a", _accuracy(own), caption))
+    for (stage, model), table in results.history.items():
+        caption = f"{stage}/{model}: training loss and validation by epoch."
+        parts.append(Drawn(f"curves-{stage}-{model}", figures.training_curves(table, f"{stage}/{model}"), caption, 760))
     lead = "Validation is at the equilibrium; dashed lines are the unrolled network of the warm-up."
-    return page.section("training", "Training (Figure 4a)", *content, lead=lead)
+    missing = _not_run("no training stage has results", "python -m pipeline classify mdeq-small")
+    return Section("training", "Training", "Training (Figure 4a)", parts or [missing], lead)
 
 
-def _benchmark(results: Results, pictures: dict[str, Drawn]) -> str:
+def _accuracy(histories: dict[str, pd.DataFrame]) -> figures.Figure:
+    lines = {name: by_seed(table, "eval/top1") for name, table in histories.items() if "eval/top1" in table}
+    return figures.lines([Panel("", "test accuracy, %", lines)], "epoch")
+
+
+def _benchmark(results: Results) -> Section:
     title = "Time and memory of a training step (Figure 4b)"
-    stated = page.facts((s.what, f"{s.value:g}") for s in FIGURE_4B)
-    stated = page.folded("What Sec. 4.4 states of its figure", stated)
+    stated: Part = Folded("What Sec. 4.4 states of its figure", Facts({s.what: f"{s.value:g}" for s in FIGURE_4B}))
     runtime = results.runtime
     if runtime is None:
         missing = _not_run("no results/benchmark/runtime.json", "python -m pipeline benchmark")
-        return page.section("figure4b", title, missing, stated)
-    rows = [("", _benchmark_cells(name, entry)) for name, entry in runtime["models"].items()]
-    headings = ["model", "parameters", "a step", "memory"]
-    headings += [f"{whose}: {what}" for what in ("time", "memory") for whose in ("paper", "ours")]
-    drawn = page.table(headings, rows, range(1, 8))
+        return Section("figure4b", "Time and memory", title, [missing, stated])
+    rows = []
+    for name, entry in runtime["models"].items():
+        paper, parameters = FIGURE_4B_RELATIVE.get(name, {}), entry.get("parameters")
+        cells = [
+            name,
+            f"{parameters:,}" if parameters else "–",
+            f"{entry['seconds']:.3g} s",
+            _bytes(entry["memory_bytes"]),
+        ]
+        for measure in ("time", "memory"):
+            ours = linked(f"{entry['relative'][measure]:.2f}", runtime)
+            cells += [paper.get(measure, "–"), f"**{ours}**"]
+        rows.append(Row(cells))
+    headings = ["model", "parameters", "a step", "memory", "paper: time", "ours: time", "paper: memory", "ours: memory"]
+    relative = {name: entry["relative"] for name, entry in runtime["models"].items()}
+    caption = (
+        f"Figure 4b: time and memory of a training step relative to {runtime['reference']} (Sec. 4.4). "
+        f"Batch {runtime['batch']}, {runtime['device']}, medians of {runtime['rounds']} rounds in turn; "
+        f"memory: {runtime['memory']}. Lower is better."
+    )
+    drawn = Drawn("figure4b", figures.figure4b(relative, runtime["reference"], "memory"), caption)
     lead = f"On {runtime['device']}, {runtime['threads']} threads; the paper: one RTX 2080 Ti, batch 32."
-    return page.section("figure4b", title, _figure(pictures["figure4b"], 680), drawn, stated, lead=lead)
+    return Section("figure4b", "Time and memory", title, [drawn, Sheet(headings, rows, range(1, 8)), stated], lead)
 
 
-def _benchmark_cells(name: str, entry: Facts) -> list[str]:
-    paper = FIGURE_4B_RELATIVE.get(name, {})
-    parameters = entry.get("parameters")
-    return [
-        page.escape(name),
-        f"{parameters:,}" if isinstance(parameters, int) else "–",
-        f"{entry['seconds']:.3g} s",
-        _bytes(entry["memory_bytes"]),
-        paper.get("time", "–"),
-        f"<strong>{entry['relative']['time']:.2f}</strong>",
-        page.escape(paper.get("memory", "–")),
-        f"<strong>{entry['relative']['memory']:.2f}</strong>",
-    ]
-
-
-def _convergence(results: Results, pictures: dict[str, Drawn]) -> str:
-    drawings = ("figure5", "figure5-scales", "figure5-training")
-    content = [_figure(pictures[name], 1000) for name in drawings if name in pictures]
-    rows: list[tuple[str, list[str]]] = []
+def _convergence(results: Results, pictures: Sequence[Picture]) -> Section:
+    rows = []
     for dataset, name in NAMES.items():
         found = results.convergence.get(dataset)
         if found is None:
-            reason = page.escape(f"no results of `python -m pipeline convergence {dataset}`")
-            rows.append(("missing", [name, "", "", "", "", f"{page.tag('not run', 'grey')} {reason}"]))
+            rows.append(
+                Row([name, "", "", "", "", f"no results of `python -m pipeline convergence {dataset}`"], "not run")
+            )
             continue
-        rows += [("", _solver_cells(results, dataset, found, solver)) for solver in solvers_of(found)]
+        where = (
+            f"{found.get('model', '')}; {data_statement(results, dataset, found)[0]}; "
+            f"{found.get('batches', '?')} batches of {found.get('batch', '?')}; {found.get('device', '')}"
+        )
+        for solver in sorted({key.split("/")[0] for key in found if key.endswith("/residual")}):
+            spread = [
+                linked(f"{found[key]:.2g} ± {found.get(f'{key}_std', 0):.1g}", found) if key in found else "–"
+                for key in (f"{solver}/change", f"{solver}/residual")
+            ]
+            count = f"{found.get(f'{solver}/evaluations', np.nan):.0f}"
+            rows.append(Row([name, figures.SOLVERS.get(solver, solver).replace(" ", "\u00a0"), count, *spread, where]))
     headings = ["data set", "solver", "evaluations", "change, last", "residual, last", "where it ran"]
-    drawn = page.table(headings, rows, [2, 3, 4])
-    lead = "Mean and standard deviation over random batches of the evaluation split."
-    title = "Convergence to the equilibrium (Figure 5)"
-    return page.section("figure5", title, *content, drawn, lead=lead)
+    parts = [*_figure5(results), Sheet(headings, rows, [2, 3, 4])]
+    parts += [Folded(f"z* of {NAMES[picture.path.parent.name]}", picture) for picture in pictures]
+    title, lead = "Convergence to the equilibrium (Figure 5)", "Mean and standard deviation over random batches."
+    return Section("figure5", "Convergence", title, parts, lead)
 
 
-def solvers_of(found: Facts) -> list[str]:
-    """The solvers that a convergence stage's metrics speak of."""
-    return sorted({name.split("/")[0] for name in found if name.endswith("/residual")})
+def _figure5(results: Results) -> Iterator[Drawn]:
+    data = "; ".join(f"{NAMES[name]}: {data_statement(results, name, {})[0]}" for name in results.traces)
+    if traces := {NAMES[name]: trace for name, trace in results.traces.items()}:
+        yield Drawn("figure5", figures.figure5(traces), f"{FIGURE_5}. With it the residual. Ours: {data}.", 1000)
+    panels = []
+    for name, trace in traces.items():
+        columns = [column for column in trace if str(column).startswith("residual_")]
+        broyden = {i: figures.by_solver(trace, str(c)).get("Broyden") for i, c in enumerate(columns, 1)}
+        scales = {f"scale {i}": frame for i, frame in broyden.items() if frame is not None}
+        panels += [Panel(name, "" if panels else "|f(z)_i - z_i| / |f(z)_i|", scales)] if scales else []
+    if panels:
+        figure = figures.lines(panels, "evaluations of f", log=True)
+        yield Drawn("figure5-scales", figure, f"{FIGURE_5_SCALES}. Ours: {data}.", 1000)
+    panels = []
+    for dataset, found in results.convergence.items():
+        history = results.history.get((TRAINED_BY[dataset], str(found.get("model"))), pd.DataFrame())
+        after = {str(c).removeprefix(AFTER): by_seed(history, str(c)) for c in history if str(c).startswith(AFTER)}
+        label = "" if panels else "residual, the one that stops"
+        panels += [Panel(f"{found['model']}, {NAMES[dataset]}", label, after, "evaluations")] if after else []
+    if panels:
+        yield Drawn(
+            "figure5-training", figures.lines(panels, "epoch", log=True), f"{FIGURE_5_TRAINING}, by epoch.", 1000
+        )
 
 
-def _solver_cells(results: Results, dataset: str, found: Facts, solver: str) -> list[str]:
-    def with_spread(measure: str) -> str:
-        value, spread = found.get(f"{solver}/{measure}"), found.get(f"{solver}/{measure}_std")
-        return "–" if value is None else f"{value:.2g} ± {spread or 0:.1g}"
-
-    where = (
-        f"{found.get('model', '')}; {data_statement(results, dataset, found)[0]}; "
-        f"{found.get('batches', '?')} batches of {found.get('batch', '?')}; {found.get('device', '')}"
-    )
-    name = figures.SOLVER_NAMES.get(solver, solver).replace(" ", "\u00a0")
-    evaluations = f"{found.get(f'{solver}/evaluations', float('nan')):.0f}"
-    return [
-        NAMES[dataset],
-        name,
-        evaluations,
-        with_spread("change"),
-        with_spread("residual"),
-        page.escape(where),
-    ]
-
-
-def _solver(results: Results, pictures: dict[str, Drawn]) -> str:
-    title = "The solver at test time"
-    rows = []
+def _solver(results: Results) -> Section:
+    rows, limited = [], {}
     for (dataset, model), found in results.evaluation.items():
+        name = f"{model} on {NAMES[dataset]}"
+        if "by_steps" in found:
+            limited[name] = pd.DataFrame({"": found["by_steps"]}).rename(int)
         if "solver/nfe" not in found:
             continue
         values = [
-            form.format(found[key]) if isinstance(found.get(key), int | float) else "–"
-            for key, _, form in SOLVER_COLUMNS
+            linked(form.format(found[key]), found) if isinstance(found.get(key), int | float) else "–"
+            for key, form in SOLVER_COLUMNS.values()
         ]
         failed = found.get("solver/failed", 0)
         where = data_statement(results, dataset, found)[0]
-        where += f"; {failed:.0f} samples without a finite iterate" * bool(failed)
-        rows.append(("", [page.escape(f"{model} on {NAMES[dataset]}"), *values, page.escape(where)]))
+        rows.append(Row([name, *values, where + f"; {failed:.0f} samples without a finite iterate" * bool(failed)]))
+    title = "The solver at test time"
     if not rows:
         missing = _not_run("no equilibrium model was evaluated", "python -m pipeline evaluate cifar10 mdeq-small")
-        return page.section("solver", title, missing)
-    headings = ["model", *(heading for _, heading, _ in SOLVER_COLUMNS), "data"]
+        return Section("solver", title, title, [missing])
+    parts: list[Part] = [Sheet(["model", *SOLVER_COLUMNS, "data"], rows, range(1, 6))]
+    if limited:
+        caption = "Test accuracy with the solver stopped after so many steps, each one evaluation of f."
+        panel = Panel("", "test accuracy, %", limited)
+        parts.insert(0, Drawn("accuracy-by-steps", figures.lines([panel], "limit on the solver's steps"), caption))
     lead = "How well the equilibria were found on the evaluation split: |f(z) - z| / |f(z)| of each sample."
-    curve = [_figure(pictures["accuracy-by-steps"], 700)] if "accuracy-by-steps" in pictures else []
-    return page.section("solver", title, *curve, page.table(headings, rows, range(1, 6)), lead=lead)
+    return Section("solver", title, title, parts, lead)
 
 
-def _ablations(results: Results, pictures: dict[str, Drawn]) -> str:
-    found = ablations(results)
-    content = [] if found else [_not_run("no ablation was trained", "make repro-all")]
-    for number, (title, lines) in enumerate(found.items(), 1):
-        content.append(f"<h3>{page.escape(title)}</h3>")
-        if f"ablation-{number}" in pictures:
-            content.append(_figure(pictures[f"ablation-{number}"], 700))
-        rows = [("", _ablation_cells(results, line)) for line in lines]
-        headings = ["model", "accuracy,\u00a0%", "residual, mean", "where it ran"]
-        content.append(page.table(headings, rows, [1, 2]))
+def _ablations(results: Results) -> Section:
+    parts: list[Part] = []
+    for number, (title, lines) in enumerate(ablations(results).items(), 1):
+        parts.append(f"**{title}**")
+        curves = {line.row.system: results.history.get(("classify", line.row.system)) for line in lines}
+        if drawn := {name: table for name, table in curves.items() if table is not None}:
+            parts.append(Drawn(f"ablation-{number}", _accuracy(drawn), f"{title}."))
+        rows = []
+        for line in lines:
+            found = results.evaluation.get(("cifar10", line.row.system), {})
+            residual = found.get("solver/relative_residual")
+            cell = "–" if residual is None else linked(f"{residual:.2g}", found)
+            rows.append(Row([line.row.system, _ours(line, line.ours[0]), cell, _where(line)], _tag(line)))
+        parts.append(Sheet(["model", "accuracy,\u00a0%", "residual, mean", "where it ran"], rows, [1, 2]))
     lead = f"What the paper argues in words: each model differs from {ABLATED} in one setting."
-    return page.section("ablations", "Ablations", *content, lead=lead)
+    parts = parts or [_not_run("no ablation was trained", "make repro-all")]
+    return Section("ablations", "Ablations", "Ablations", parts, lead)
 
 
-def _ablation_cells(results: Results, line: Line) -> list[str]:
-    residual = results.evaluation.get(("cifar10", line.row.system), {}).get("solver/relative_residual")
-    return [
-        page.escape(line.row.system),
-        f"<strong>{page.escape(line.ours[0])}</strong>",
-        "–" if residual is None else f"{residual:.2g}",
-        _where(line),
-    ]
-
-
-# ---- pictures
-
-
-def _predictions(results: Results) -> str:
-    content = [
-        part
-        for (dataset, model), found in results.evaluation.items()
-        for part in _predictions_of(results, dataset, model, found)
-    ]
-    if not content:
-        content = [_not_run("no model was evaluated", "python -m pipeline evaluate cifar10 mdeq-small")]
-    return page.section("predictions", "Predictions", *content)
-
-
-def _predictions_of(results: Results, dataset: str, model: str, found: Facts) -> Iterator[str]:
-    folder = results.root / "evaluate" / f"{dataset}-{model}"
-    title = f"{model} on {NAMES[dataset]}"
-    data = data_statement(results, dataset, found)[0]
-    yield f"<h3>{page.escape(title)}</h3>"
-    for name, what in (
-        ("examples.png", "Predictions beside the truth"),
-        ("confusion.png", "Confusion matrix"),
-    ):
-        if not (folder / name).is_file():
-            yield _not_run(f"no {name}", f"python -m pipeline evaluate {dataset} {model}")
+def _predictions(results: Results) -> Iterator[Part]:
+    for (dataset, model), found in results.evaluation.items():
+        title = f"{model} on {NAMES[dataset]}"
+        yield f"**{title}**; {data_statement(results, dataset, found)[0]}"
+        examples = results.root / "evaluate" / f"{dataset}-{model}" / "examples.png"
+        if examples.is_file():
+            yield Picture(examples, f"{title}: predictions beside the truth")
+        else:
+            yield _not_run("no examples.png", f"python -m pipeline evaluate {dataset} {model}")
+        confusion = results.confusion.get((dataset, model))
+        if confusion is None:
             continue
-        drawn = page.figure(page.image(folder / name, f"{title}: {what}"), f"{what}; {data}")
-        yield page.folded(what, drawn) if name == "confusion.png" else drawn
-    if dataset == "cityscapes" and (dataset, model) in results.confusion:
-        scores = iou_by_class(results.confusion[dataset, model])
-        cells = ((str(name), "not labelled" if pd.isna(score) else f"{score:.1f} %") for name, score in scores.items())
-        yield page.folded("IoU of each class", page.facts(cells))
+        drawn = figures.confusion(confusion.to_numpy(), [str(name) for name in confusion.index], title)
+        yield Folded(
+            "Confusion matrix", Drawn(f"confusion-{dataset}-{model}", drawn, f"{title}: confusion matrix", 760)
+        )
+        if dataset == "cityscapes":
+            scores = {str(name): score for name, score in iou_by_class(confusion).items()}
+            words = {name: "not labelled" if pd.isna(score) else f"{score:.1f} %" for name, score in scores.items()}
+            yield Folded("IoU of each class", Facts({**words}))
+    if not results.evaluation:
+        yield _not_run("no model was evaluated", "python -m pipeline evaluate cifar10 mdeq-small")
 
 
-def _data(results: Results) -> str:
-    content = []
+def _data(results: Results) -> Iterator[Part]:
     for dataset, name in NAMES.items():
-        content.append(f"<h3>{page.escape(name)}</h3>")
         if dataset not in results.data:
-            content.append(_not_run("no manifest", f"python -m pipeline prepare {dataset}"))
+            yield f"**{name}**: {_not_run('no manifest', f'python -m pipeline prepare {dataset}')}"
             continue
         digest = str(results.data[dataset].get("manifest", "unknown"))[:12]
-        content.append(f"<p>{page.escape(f'{data_statement(results, dataset, {})[0]}. Manifest `{digest}`.')}</p>")
+        yield f"**{name}**: {data_statement(results, dataset, {})[0]}. Manifest `{digest}`."
         sheet = results.root / "data" / dataset / "contact_sheet.png"
         if sheet.is_file():
-            content.append(page.figure(page.image(sheet, f"{name}: contact sheet"), "Contact sheet"))
-    return page.section("data", "Data", *content)
+            yield Picture(sheet, f"{name}: some of its pictures")
 
 
-# ---- origin
-
-
-def _made(results: Results, facts: dict[str, str | int]) -> str:
-    content = [page.facts(facts.items())]
-    rows = [
-        ("", [page.escape(cell) for cell in (title, found.get("device", "unknown"), short_commit(found),
-              str(found.get("run") or "–")[:8], _seconds(found.get("time/seconds")))])
-        for title, found in _measured(results)
-    ]  # fmt: skip
-    if rows:
-        headings = ["stage", "device", "commit", "run", "time"]
-        content += ["<h3>The stages that measured something</h3>", page.table(headings, rows, [4])]
-    return page.section("made", "How it was made", *content, lead="The machine and versions that made this page.")
-
-
-def _measured(results: Results) -> Iterator[tuple[str, Facts]]:
-    for (stage, model), found in results.training.items():
-        yield f"{stage} {model}", found
-    for (dataset, model), found in results.evaluation.items():
-        yield f"evaluate {dataset} {model}", found
-    for dataset, found in results.convergence.items():
-        yield f"convergence {dataset}", found
-    if results.runtime:
-        yield "benchmark", results.runtime
-
-
-def _figure(picture: Drawn, width: int) -> str:
-    svg = figures.inline_svg(picture.figure, picture.name)
-    return page.figure(f'<div class="scroll">{svg}</div>', picture.caption, width)
-
-
-def _not_run(reason: str, command: str) -> str:
-    return f"<p>{page.tag('not run', 'grey')} {page.escape(f'{reason} (`{command}`)')}</p>"
+def _made(results: Results, facts: dict[str, str | int]) -> Section:
+    rows = []
+    for stage, found in results.measured().items():
+        run, seconds = str(found.get("run") or ""), found.get("time/seconds")
+        cells = [
+            stage,
+            str(found.get("device", "unknown")),
+            short_commit(found),
+            _time(seconds),
+            f"`{run}`" if run else "–",
+        ]
+        rows.append(Row(cells, anchor=f"run-{run[:8]}" if run else ""))
+    headings = ["stage", "device", "commit", "time", "run in MLflow (`make ui`)"]
+    parts: list[Part] = [Sheet(headings, rows, [3])] if rows else []
+    machine = Folded("The machine and versions that made this page", Facts({**facts}))
+    lead = "The stages that measured something; a number of ours above leads to its run here."
+    return Section("made", "How it was made", "How it was made", [*parts, machine], lead)
 
 
 def _bytes(value: float) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def _seconds(value: Any) -> str:
-    if not isinstance(value, int | float):
+def _time(seconds: float | None) -> str:
+    if seconds is None:
         return "–"
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -8,6 +8,7 @@ stage ends, `sync` hands over from the stage's files.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -33,8 +34,14 @@ PARAMS_A_BATCH, METRICS_A_BATCH, TAG_LENGTH = 100, 1000, 5000  # the store's lim
 SECONDS_A_FLUSH, SECONDS_A_RETRY = 10.0, 60.0
 SECONDS_AT_START, SECONDS_AT_END, SECONDS_KILLED = 15.0, 60.0, 5.0  # that a stage waits for a slow store, at most
 BUFFER = 200_000  # metrics kept while the store is away
-NOTE = """A run named `pipeline ...` holds the stages of one `dvc repro` or `dvc exp run` below it. Charts are grouped:
-`loss/`, `eval/`, `solver/`, `memory/`, `time/`, `system/`. Worth a column: `eval/top1`, `eval/miou`, `solver/nfe`."""
+NOTE = """A run named `pipeline ...` is one `dvc repro` or `dvc exp run`: it has the report (`index.html` among its
+artifacts) and the headline numbers, and below it the runs of its stages. Charts are grouped: `loss/`, `eval/`,
+`solver/`, `memory/`, `time/`, `system/`. The saved view `results` has the columns that matter."""
+VIEW = "results"
+COLUMNS = (
+    *(f"{dataset}/mdeq-small" for dataset in ("cifar10", "imagenet", "cityscapes")),
+    *("eval/top1", "eval/miou", "solver/relative_residual", "solver/nfe"),
+)
 
 
 class Tracker(Protocol):
@@ -150,7 +157,8 @@ class MlflowTracker:
             self._client, self._experiment = open_store(self._machine)
             if watch and "DVC_STAGE" in os.environ:
                 self._parent = _whole(self._client, self._experiment, self._machine)
-            if run_id is None or not self._reopen(run_id):
+            resumed = self._parent if stage == "report" else run_id  # the whole's run is the one that has its report
+            if resumed is None or not self._reopen(resumed):
                 name = f"{stage}/{instance}" if instance else stage
                 tags = _tags(stage, instance, self._machine)
                 if self._parent:
@@ -165,7 +173,7 @@ class MlflowTracker:
         def describe() -> None:
             if params and self.run_id != run_id:
                 self._log_params(params)
-            if watch:
+            if watch and self.run_id != self._parent:
                 self._start_monitor(resumed=self.run_id == run_id)
 
         self._thread = threading.Thread(target=self._work, args=([begin, describe],), name="tracking", daemon=True)
@@ -229,7 +237,7 @@ class MlflowTracker:
             self._complain("not everything has arrived")
 
     def _end(self, status: str) -> None:
-        for run_id in filter(None, (self.run_id, self._parent)):
+        for run_id in filter(None, {self.run_id, self._parent}):
             self._client.set_terminated(run_id, status)
 
     def _work(self, first: list[Callable[[], None]]) -> None:
@@ -350,7 +358,19 @@ def open_store(machine: Machine) -> tuple[MlflowClient, str]:
         if experiment is not None:
             return client, experiment.experiment_id
         where = (machine.root / "mlartifacts").as_uri() if local else None
-        return client, client.create_experiment(name, artifact_location=where, tags={"mlflow.note.content": NOTE})
+        return client, client.create_experiment(name, artifact_location=where, tags=_experiment_tags())
+
+
+def _experiment_tags() -> dict[str, str]:
+    """What MLflow's page reads of an experiment: its note, that it trains models, and a saved view of its runs."""
+    now = time.time_ns() // 1_000_000
+    state = json.dumps({"selectedColumns": [f"metrics.`{name}`" for name in COLUMNS]})
+    view = {"name": VIEW, "createdAt": now, "updatedAt": now, "state": state}
+    return {
+        "mlflow.note.content": NOTE,
+        "mlflow.experimentKind": "custom_model_development",
+        f"mlflow.sharedViewState.{VIEW}": json.dumps(view),
+    }
 
 
 def _alone(uri: str) -> contextlib.AbstractContextManager[Any]:
@@ -424,11 +444,12 @@ def serve(machine: Machine, port: int) -> int:
     """Show the store's runs in the browser view until interrupted; returns the server's exit code."""
     import subprocess
 
-    _, experiment = open_store(machine)
-    print(
-        f"MLflow: http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning",
-        flush=True,
-    )
+    client, experiment = open_store(machine)
+    if not any(name.endswith(VIEW) for name in client.get_experiment(experiment).tags):  # an older store's
+        for name, value in _experiment_tags().items():
+            client.set_experiment_tag(experiment, name, value)
+    page = f"experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    print(f"MLflow: http://127.0.0.1:{port}/#/{page}", flush=True)
     print("ready in some seconds; Ctrl-C ends it", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # not as an argument, which every user of the machine can read: it may hold a password

@@ -18,6 +18,7 @@ from pipeline.paper import TABLE_1, TABLE_2, TABLE_3, TABLES
 from pipeline.results import data_statement, iou_by_class, lines, read
 from pipeline.stages import report
 
+RUN = "00ab54aa9d8f4a5db4a8e9ff17a0c9a1"
 FACTS = {"device": "Test CPU", "commit": "0123456789abcdef", "torch": "2.14.1"}
 SUMMARY = {"set": "cifar10", "source": "generated", "classes": 10, "images": {"train": 4000, "test": 1000}}
 
@@ -57,7 +58,7 @@ def tree(root: Path) -> None:
     solver |= {"solver/nfe": 19.0, "solver/steps_to_best": 16.5, "solver/failed": 0.0}
     write(
         evaluation / "metrics.json",
-        {"eval/top1": 72.4, "samples": 1000, "data/source": "generated", **solver, **FACTS},
+        {"eval/top1": 72.4, "run": RUN, "samples": 1000, "data/source": "generated", **solver, **FACTS},
     )
     picture(evaluation / "examples.png")
     picture(evaluation / "confusion.png")
@@ -164,7 +165,9 @@ def test_the_page_is_one_file_that_nests_and_loads_nothing(here: Path) -> None:
     assert parser.open == []
     assert len(parser.ids) == len(set(parser.ids))
     assert parser.sources and all(source.startswith("data:image/") for source in parser.sources)
-    assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
+    links = [link for link in parser.links if link != "data:,"]  # no icon is asked for
+    assert all(link.startswith("#") and link[1:] in parser.ids for link in links)
+    assert '<a href="#run-00ab54aa">72.4</a>' in page and f"<code>{RUN}</code>" in page
     assert "<script" not in page and not re.search(r"@import|url\((?!#)", page)
     assert not re.search(r'(?<!xmlns=")(?<!xmlns:xlink=")https?://', page.replace("http://www.w3.org/", ""))
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
@@ -176,7 +179,7 @@ def test_nothing_run_is_a_report_that_says_so(here: Path) -> None:
     statuses = {row["status"] for table in record["tables"] for row in table["rows"]}
     assert statuses == {"paper only", "not run"}
     assert "python -m pipeline classify mdeq-small" in page
-    assert "not run here" in markdown
+    assert "not run: " in markdown
     assert "no results/benchmark/runtime.json" in page
 
 
@@ -245,9 +248,9 @@ def test_ablations_are_drawn_beside_what_they_vary_and_not_in_table_1(here: Path
     report.run(Machine(here))
     page, markdown, record = written()
     assert "ablation-softplus" not in {row["system"] for row in record["tables"][0]["rows"]}
-    assert "| ablation-softplus | 64.2 |" in markdown and "| mdeq-small | 72.4 |" in markdown
+    assert "| ablation-softplus | **64.2** |" in markdown and "| mdeq-small | **72.4** |" in markdown
     for name in ("ablation-1", "accuracy-by-steps", "figure4a"):
-        assert (root / f"report/figures/{name}.png").is_file() and f"figures/{name}.png" in markdown
+        assert (root / f"report/figures/{name}.svg").is_file() and f"figures/{name}.svg" in markdown
     assert "3 GFLOPs an image" in page and page.count("Softplus for the last ReLUs") >= 2
 
 
