@@ -258,8 +258,9 @@ def overview(
         for solver, curve in residuals.items():
             label = SOLVERS.get(solver, solver)
             axes.plot(range(1, len(curve) + 1), curve, color=COLOURS.get(label, GREY), label=label)
-        first = next(iter(residuals.values()))
-        axes.plot(list(looks), [first[evaluation - 1] for evaluation in looks], "o", color=BLUE, markersize=5)
+        first = next(iter(residuals))
+        seen = [residuals[first][evaluation - 1] for evaluation in looks]
+        axes.plot(list(looks), seen, "o", color=COLOURS.get(SOLVERS.get(first, first), GREY), markersize=5)
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)
         axes.set(xlim=(2**-half, max(looks) * 2**half), xlabel="evaluations of f", ylabel="|f(z) - z| / |f(z)|")
