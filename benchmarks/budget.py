@@ -18,14 +18,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, Phantom, Reversible
 from mdeq.baselines import BaselineConfig, NeuralODEConfig, ResNetConfig, build
-from pipeline.data.cifar10 import BATCHES, CLASSES, FOLDER, Cifar10, images_and_labels
+from pipeline.data.cifar10 import CLASSES, FOLDER, Cifar10, open_cifar10
 from pipeline.data.loading import batches
 from pipeline.metrics import TopK
 from pipeline.training import cosine, evaluate, set_lr
@@ -57,7 +56,8 @@ def train(arguments: argparse.Namespace) -> None:
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         spent, step, rows = saved["spent"], saved["step"], json.loads(curve.read_text())["rows"]
-    data, test = _open(arguments.data, "train"), _open(arguments.data, "test", arguments.test_images)
+    data = open_cifar10(arguments.data, None, "train")
+    test = open_cifar10(arguments.data, None, "test", limit=arguments.test_images)
     per_epoch = -(-len(data) // arguments.batch)
     due = arguments.every * (len(rows) + 1)
     while spent < arguments.budget:
@@ -114,13 +114,6 @@ def _measure(network: nn.Module, test: Cifar10) -> dict[str, float]:
     values = evaluate(network, test, TopK(len(CLASSES)), batch=100, device="cpu", workers=0)
     network.backbone.forward_solver = solver
     return {"top1": values["eval/top1"], "residual": values["solver/relative_residual"]}
-
-
-def _open(root: Path, split: str, limit: int | None = None) -> Cifar10:
-    files = [root / FOLDER / name for name, of in BATCHES.items() if of == split]
-    parts = [images_and_labels(file.read_bytes(), file) for file in files]
-    images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Cifar10(images[:limit], labels[:limit], augment=False, seed=0)
 
 
 def draw(arguments: argparse.Namespace) -> None:

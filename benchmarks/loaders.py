@@ -22,18 +22,16 @@ from pipeline.data.cifar10 import open_cifar10
 from pipeline.data.cityscapes import Cityscapes
 from pipeline.data.imagenet import ImageNet
 from pipeline.data.loading import BatchDataset, batches
-from pipeline.data.manifest import located
+from pipeline.data.manifest import DataError, located
 from pipeline.machine import Machine
-from pipeline.params import FILE, TRAINED_BY, load
+from pipeline.params import FILE, TRAINED_ON, load
 from pipeline.train_params import FinetuneParams, PretrainParams, TrainParams
 from pipeline.training import make_optimizer, predict
-
-SETS = {stage: dataset for dataset, stage in TRAINED_BY.items()}
 
 
 def training_set(stage: str, params: TrainParams, machine: Machine) -> BatchDataset:
     """What the stage trains on, augmented as its params say."""
-    root, manifest = located(SETS[stage], machine)
+    root, manifest = located(TRAINED_ON[stage], machine)
     if isinstance(params, FinetuneParams):
         return Cityscapes(root, manifest, "train", crop=params.crop, augment=params.augment)
     if isinstance(params, PretrainParams):
@@ -43,18 +41,11 @@ def training_set(stage: str, params: TrainParams, machine: Machine) -> BatchData
 
 def loader_rate(dataset: BatchDataset, batch: int, workers: int, count: int) -> float:
     """Images a second over `count` batches after the first."""
-    seen, start = 0, 0.0
-    for number, (images, _) in enumerate(itertools.islice(_endless(dataset, batch, workers), count + 1)):
-        if number == 0:
-            start = time.perf_counter()
-        else:
-            seen += len(images)
-    return seen / (time.perf_counter() - start)
-
-
-def _endless(dataset: BatchDataset, batch: int, workers: int):  # noqa: ANN202
-    for epoch in itertools.count():
-        yield from batches(dataset, batch, seed=0, epoch=epoch, shuffle=True, workers=workers)
+    epochs = (batches(dataset, batch, seed=0, epoch=n, shuffle=True, workers=workers) for n in itertools.count())
+    read = (len(images) for images, _ in itertools.chain.from_iterable(epochs))
+    next(read)
+    start = time.perf_counter()
+    return sum(itertools.islice(read, count)) / (time.perf_counter() - start)
 
 
 def step_rate(dataset: BatchDataset, params: TrainParams, device: str) -> float:
@@ -77,7 +68,7 @@ def step_rate(dataset: BatchDataset, params: TrainParams, device: str) -> float:
 def main() -> None:
     """Print the rates, a line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=list(SETS))
+    parser.add_argument("stage", choices=list(TRAINED_ON))
     parser.add_argument("model")
     parser.add_argument("--workers", default="0,1,2", help="numbers of processes to try")
     parser.add_argument("--batches", type=int, default=20, help="counted batches of each round")
@@ -86,7 +77,10 @@ def main() -> None:
     options = parser.parse_args()
     machine = Machine.from_environment()
     params = cast(TrainParams, load(options.stage, options.model, options.params))
-    dataset = training_set(options.stage, params, machine)
+    try:
+        dataset = training_set(options.stage, params, machine)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
     for workers in map(int, options.workers.split(",")):
         if workers == 0 or options.stage != "classify":  # CIFAR-10 lies on the device
             rate = loader_rate(dataset, params.batch, workers, options.batches)

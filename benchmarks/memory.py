@@ -62,8 +62,7 @@ class Peaks:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    setting.add_arguments(parser)
+    parser = setting.parser(__doc__)
     parser.add_argument("--samples", type=int, default=5, help="processes of each column")
     parser.add_argument("--only", action="append", metavar="TEXT", help="columns whose name holds TEXT; repeatable")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the name of the column that this process measures

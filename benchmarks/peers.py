@@ -15,7 +15,6 @@ FOLDER holds cifar-10-batches-py/. torch and numpy suffice; torchdeq's columns n
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +34,7 @@ LIMIT = 2  # times the peers' updates, for the search at equal residual
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    setting.add_arguments(parser)
+    parser = setting.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", metavar="TEXT", help="columns whose name holds TEXT; repeatable")
     arguments = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from mdeq import Anderson, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network
 from pipeline.checkpoints import load_model
 from pipeline.data import cifar10, imagenet
-from pipeline.data.loading import Keys
+from pipeline.data.loading import Keys, normalised
+from pipeline.data.manifest import DataError
 from pipeline.machine import Machine
 from pipeline.training import Adam, Sgd
 
@@ -60,8 +61,9 @@ PRESETS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every command has."""
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command's parser with the options that every one has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--weights", type=Path, help="a trained MDEQ classifier, model.pt")
     model.add_argument("--preset", choices=PRESETS, help="a model of the paper at random weights")
@@ -78,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backward", type=int, help="updates of the backward solver (20, or the preset's)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,9 @@ class Setting:
     arguments: argparse.Namespace
     facts: dict[str, Any]
 
-    def images(self, count: int, split: str = "test") -> tuple[Tensor, Tensor]:
+    def images(self, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` images (N, 3, H, W), normalised, and their labels (N,)."""
-        return _images(self.arguments, self.preset, count, split)
+        return _images(self.arguments, self.preset, count, "test")
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The batch that is measured."""
@@ -121,8 +124,8 @@ def load(arguments: argparse.Namespace) -> Setting:
     else:
         preset = PRESETS[arguments.preset]
         network = Network(preset.model, preset.head, preset.classes)
-    chosen = {name: getattr(arguments, name) for name in ("batch", "size", "forward", "backward")}
-    preset = Preset(**{**vars(preset), **{name: value for name, value in chosen.items() if value is not None}})
+    given = {name: getattr(arguments, name) for name in ("batch", "size", "forward", "backward")}
+    preset = replace(preset, **{name: value for name, value in given.items() if value is not None})
     facts = {
         **Machine(Path.cwd()).describe(),
         "model": str(arguments.weights or arguments.preset),
@@ -130,7 +133,7 @@ def load(arguments: argparse.Namespace) -> Setting:
         "images": _source(arguments),
         "threads": arguments.threads,
         "load_before": os.getloadavg()[0],
-        **{name: getattr(preset, name) for name in chosen},
+        **{name: getattr(preset, name) for name in given},
     }
     if arguments.train_steps and arguments.preset:
         pool = _images(arguments, preset, 16 * preset.batch, "train")
@@ -144,13 +147,12 @@ def train_briefly(network: Network, images: Tensor, targets: Tensor, batch: int,
     kept = backbone.forward_solver, backbone.backward
     backbone.forward_solver, backbone.backward = Anderson(12), Implicit(Gmres(8))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(0)
-    loss = torch.zeros(())
+    generator, loss = torch.Generator().manual_seed(0), torch.zeros(())
     for step in range(steps):
         chosen = torch.randint(len(images), (batch,), generator=generator)
         prediction = network(images[chosen], unroll_steps=5 if step < steps // 2 else None)
-        optimizer.zero_grad()
         loss = F.cross_entropy(prediction.logits, targets[chosen])
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     backbone.forward_solver, backbone.backward = kept
@@ -172,17 +174,12 @@ def _images(arguments: argparse.Namespace, preset: Preset, count: int, split: st
         return _photos(arguments.photos, preset, count)
     if preset.size != 32:
         raise SystemExit(f"--size {preset.size}: CIFAR-10 has 32; give --photos FOLDER, or --noise")
-    root = arguments.data
-    file = root / cifar10.FOLDER / ("test_batch" if split == "test" else "data_batch_1")
-    if not file.is_file():
-        raise SystemExit(
-            f"{file}: no such file; give --data FOLDER with {cifar10.FOLDER}/ in it, let `python -m pipeline prepare "
-            "cifar10` draw images, or give --noise"
-        )
-    images, labels = cifar10.images_and_labels(file.read_bytes(), file)
-    dataset = cifar10.Cifar10(images.copy(), labels, augment=False, seed=0)
+    try:
+        dataset = cifar10.open_cifar10(arguments.data, None, split, limit=count)
+    except DataError as error:
+        raise SystemExit(f"{error}; or give --data, or --noise") from None
     if len(dataset) < count:
-        raise SystemExit(f"{file}: holds {len(dataset)} images, {count} are asked for; take a smaller --batch")
+        raise SystemExit(f"{arguments.data}: {len(dataset)} {split} images, {count} are asked for; lower --batch")
     return dataset[Keys(0, list(range(count)))]
 
 
@@ -196,8 +193,6 @@ def _photos(folder: Path, preset: Preset, count: int) -> tuple[Tensor, Tensor]:
         raise SystemExit(f"{folder}: holds no .jpg, .jpeg or .png; give another --photos, or --noise")
     folders = sorted({path.parent for path in files})
     files = [files[i * len(files) // count % len(files)] for i in range(count)]  # from all folders, repeated if few
-    size = (preset.size, preset.size)
-    pixels = [np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), size), np.float32) / 255 for path in files]
-    images = (np.stack(pixels) - np.array(imagenet.MEAN, np.float32)) / np.array(imagenet.STD, np.float32)
+    pixels = [np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (preset.size, preset.size))) for path in files]
     labels = torch.tensor([folders.index(path.parent) % preset.classes for path in files])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+    return normalised(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), imagenet.MEAN, imagenet.STD), labels

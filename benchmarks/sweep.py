@@ -14,9 +14,10 @@ draws solvers and gradients, .svg and .png, with matplotlib; all else needs torc
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import setting
-from benchmarks.columns import Step, best_so_far, forward_residual
+from benchmarks.columns import Layer, Step, best_so_far, forward_residual
 from mdeq import Anderson, Broyden, FixedPoint, Gmres, Implicit, Network, Phantom, unroll
 from mdeq.equilibrium import equilibrium
 from mdeq.solvers import Map, Solution, Solver
@@ -45,12 +46,12 @@ COLOURS = {
     "unrolled from 0": "#6b7280",
 }
 Curve = dict[str, list[float]]
+Curves = dict[str, Curve]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and writes JSON and pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    setting.add_arguments(parser)
+    parser = setting.parser(__doc__)
     parser.add_argument("--evaluations", type=int, default=30, help="of f, and products of the adjoint, at most")
     parser.add_argument("--images", type=int, default=1000, help="test images for residual and accuracy")
     parser.add_argument("--gradient-batch", type=int, default=8)
@@ -69,22 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:12} accuracy {curve['accuracy'][-1]:.3f}, residual {curve['residual'][-1]:.2e} at the end")
     print(", ".join(f"{name} {value:.2e}" for name, value in report["gradients"]["exact"].items()))
     if arguments.pictures:
-        _save(
-            arguments.pictures, {"solvers": lambda: draw_solvers(report), "gradients": lambda: draw_gradients(report)}
-        )
+        _save(arguments.pictures, report)
 
 
 # ---- residual and accuracy against evaluations
 
 
-def forward_sweep(there: setting.Setting, images: int, evaluations: int) -> dict[str, Curve]:
+def forward_sweep(there: setting.Setting, images: int, evaluations: int) -> Curves:
     """Of each solver: `residual` and `accuracy` after 1, 2, ... evaluations of f."""
-    limit, network = evaluations - 1, there.network.eval()
-    solvers: dict[str, Solver] = {
-        "Broyden": Broyden(limit, tolerance=0.0),
-        "Anderson": Anderson(limit, tolerance=0.0),
-        "iterating f": FixedPoint(limit, tolerance=0.0),
-    }
+    network, solvers = there.network.eval(), _solvers(evaluations - 1)
     pictures, labels = there.images(images)
     sums = {name: torch.zeros(2, evaluations) for name in solvers}
     with torch.no_grad():
@@ -122,7 +116,7 @@ def _best_state(states: list[Tensor], trace: Tensor, n: int) -> Tensor:
     return torch.stack([states[i][b] for b, i in enumerate(best.tolist())])
 
 
-def adjoint_sweep(step: Step, products: int) -> dict[str, Curve]:
+def adjoint_sweep(step: Step, products: int) -> Curves:
     """Of each solver of the adjoint: the `residual` against |dl/dz*| after 1, 2, ... products, at one equilibrium."""
     f, z0, loss = step.problem()
     with torch.no_grad():
@@ -137,13 +131,14 @@ def adjoint_sweep(step: Step, products: int) -> dict[str, Curve]:
     return curves
 
 
+def _solvers(limit: int) -> dict[str, Broyden | Anderson | FixedPoint]:
+    """The solvers of both ways, run to their limit."""
+    kinds = {"Broyden": Broyden, "Anderson": Anderson, "iterating f": FixedPoint}
+    return {name: kind(limit, tolerance=0.0) for name, kind in kinds.items()}
+
+
 def _adjoint_solvers(limit: int) -> dict[str, Broyden | Anderson | FixedPoint | Gmres]:
-    return {
-        "Broyden": Broyden(limit, tolerance=0.0),
-        "Anderson": Anderson(limit, tolerance=0.0),
-        "GMRES": Gmres(limit, tolerance=0.0),
-        "iterating f": FixedPoint(limit, tolerance=0.0),
-    }
+    return {**_solvers(limit), "GMRES": Gmres(limit, tolerance=0.0)}
 
 
 # ---- gradient rules against the exact gradient
@@ -167,45 +162,36 @@ def gradient_sweep(
         "products": float(solutions[0].nfe),
         "residual_of_budget": forward_residual(f, rough),
     }
-    unrolled = _compare(step, truth, [(n, lambda f, z0, n=n: unroll(f, z0, n)) for n in products])
+    unrolled = _compare(step, truth, products, lambda n: {"unrolled from 0": lambda f, z0: unroll(f, z0, n)})
     found: dict[str, Any] = {"exact": facts}
     for name, start in (("converged", z), ("budget", rough)):
-        found[name] = {
-            rule_name: _compare(step, truth, [(n, _from(start, rule(n))) for n in products])
-            for rule_name, rule in _rules().items()
-        } | {"unrolled from 0": unrolled}
+        found[name] = _compare(step, truth, products, partial(_rules, start)) | unrolled
     return found
 
 
-def _rules() -> dict[str, Callable[[int], Implicit | Phantom]]:
-    """A rule for a number of products."""
-    return {
-        "Broyden": lambda n: Implicit(Broyden(n, tolerance=0.0)),
-        "Anderson": lambda n: Implicit(Anderson(n, tolerance=0.0)),
-        "GMRES": lambda n: Implicit(Gmres(n, tolerance=0.0)),
-        "phantom, damping 1": lambda n: Phantom(n, 1.0),
-        "phantom, damping 0.5": lambda n: Phantom(n, 0.5),
-    }
+def _rules(z: Tensor, n: int) -> dict[str, Layer]:
+    """The gradient rules that make `n` products at the equilibrium `z`."""
+    rules: dict[str, Implicit | Phantom] = {name: Implicit(solver) for name, solver in _adjoint_solvers(n).items()}
+    del rules["iterating f"]  # a phantom of damping 1
+    rules |= {f"phantom, damping {damping:g}": Phantom(n, damping) for damping in (1.0, 0.5)}
+    return {name: lambda f, _, rule=rule: equilibrium(f, z, FixedPoint(0), rule)[0] for name, rule in rules.items()}
 
 
-def _from(z: Tensor, rule: Implicit | Phantom) -> Callable[[Map, Tensor], Tensor]:
-    return lambda f, _: equilibrium(f, z, FixedPoint(0), rule)[0]
-
-
-def _gradient(step: Step, layer: Callable[[Map, Tensor], Tensor]) -> Tensor:
+def _gradient(step: Step, layer: Layer) -> Tensor:
     """The gradient of the weights of f, flat."""
     step.run(layer)
     return torch.cat([p.grad.flatten() for p in step.network.backbone.f.parameters() if p.grad is not None])
 
 
-def _compare(step: Step, truth: Tensor, layers: list[tuple[int, Callable[[Map, Tensor], Tensor]]]) -> Curve:
-    curve: Curve = {"products": [], "cosine": [], "norm_ratio": []}
-    for products, layer in layers:
-        gradient = _gradient(step, layer)
-        curve["products"].append(products)
-        curve["cosine"].append(float(torch.cosine_similarity(gradient, truth, dim=0)))
-        curve["norm_ratio"].append(float(gradient.norm() / truth.norm()))
-    return curve
+def _compare(step: Step, truth: Tensor, products: list[int], rules: Callable[[int], dict[str, Layer]]) -> Curves:
+    curves: Curves = {name: {"products": [], "cosine": [], "norm_ratio": []} for name in rules(1)}
+    for n in products:
+        for name, layer in rules(n).items():
+            gradient = _gradient(step, layer)
+            curves[name]["products"].append(n)
+            curves[name]["cosine"].append(float(torch.cosine_similarity(gradient, truth, dim=0)))
+            curves[name]["norm_ratio"].append(float(gradient.norm() / truth.norm()))
+    return curves
 
 
 # ---- pictures
@@ -231,22 +217,18 @@ def draw_gradients(report: dict[str, Any]) -> Figure:
     where = {"converged": "at a converged z*", "budget": f"at the z* of {BUDGET} evaluations"}
     axes[0, 0].set_ylim(1e-9, 2)  # before anything is drawn: the labels' places depend on it
     axes[1, 0].set_ylim(0, 2)
-    for column, (key, title) in enumerate(where.items()):
+    for (top, bottom), (key, title) in zip(axes.T, where.items(), strict=True):
         curves = {
             name: curve | {"distance": [max(1 - cosine, 1e-9) for cosine in curve["cosine"]]}
             for name, curve in report["gradients"][key].items()
         }
-        _lines(
-            axes[0, column], curves, "products", "distance", f"1 - cosine to the exact gradient, {title}", "", log=True
-        )
-        _lines(
-            axes[1, column], curves, "products", "norm_ratio", "norm relative to the exact one's", "products with Jᵀ"
-        )
-        axes[1, column].axhline(1, color="#8a9099", linewidth=0.8)
+        _lines(top, curves, "products", "distance", f"1 - cosine to the exact gradient, {title}", "", log=True)
+        _lines(bottom, curves, "products", "norm_ratio", "norm relative to the exact one's", "products with Jᵀ")
+        bottom.axhline(1, color="#8a9099", linewidth=0.8)
     return figure
 
 
-def _lines(axes: Axes, curves: dict[str, Curve], x: str, y: str, title: str, label: str, *, log: bool = False) -> None:
+def _lines(axes: Axes, curves: Curves, x: str, y: str, title: str, label: str, *, log: bool = False) -> None:
     """A line for each curve, its name at its end, pushed apart where the ends are close."""
     for name, curve in curves.items():
         axes.plot(curve[x], curve[y], color=COLOURS[name], linewidth=1.8, marker="o", markersize=2.5)
@@ -257,21 +239,18 @@ def _lines(axes: Axes, curves: dict[str, Curve], x: str, y: str, title: str, lab
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    ends = {
-        name: axes.transAxes.inverted().transform(axes.transData.transform((0, curve[y][-1])))[1]
-        for name, curve in curves.items()
-    }
+    place = axes.transData + axes.transAxes.inverted()
+    ends = {name: place.transform((0, curve[y][-1]))[1] for name, curve in curves.items()}
     names = sorted(ends, key=ends.__getitem__)
-    for i, name in enumerate(names[1:]):
-        ends[name] = max(ends[name], ends[names[i]] + 0.065)
+    for below, name in pairwise(names):
+        ends[name] = max(ends[name], ends[below] + 0.065)
     excess = max(0.0, ends[names[-1]] - 1)  # labels of curves that end at the top go down
+    style = {"transform": axes.transAxes, "fontsize": 8.5, "va": "center"}
     for name in names:
-        axes.text(
-            1.02, ends[name] - excess, name, transform=axes.transAxes, color=COLOURS[name], fontsize=8.5, va="center"
-        )
+        axes.text(1.02, ends[name] - excess, name, color=COLOURS[name], **style)
 
 
-def _save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
+def _save(folder: Path, report: dict[str, Any]) -> None:
     try:
         import matplotlib as mpl
     except ImportError:
@@ -280,8 +259,8 @@ def _save(folder: Path, figures: dict[str, Callable[[], Figure]]) -> None:
     mpl.use("Agg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mdeq", "font.size": 9.5})
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in figures.items():
-        figure = draw()
+    for name, draw in (("solvers", draw_solvers), ("gradients", draw_gradients)):
+        figure = draw(report)
         for suffix in ("svg", "png"):
             figure.savefig(folder / f"{name}.{suffix}", dpi=140, facecolor="white")
 

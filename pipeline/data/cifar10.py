@@ -236,7 +236,7 @@ class Cifar10:
 
 def open_cifar10(
     root: Path,
-    manifest: Path,
+    manifest: Path | None,
     split: str,
     *,
     augment: bool = False,
@@ -244,11 +244,15 @@ def open_cifar10(
     limit: int | None = None,
     device: str = "cpu",
 ) -> Cifar10:
-    """Load a split (train or test; its first `limit` images) onto `device`, its files checked against the manifest."""
-    rows = Manifest.read(manifest).split(split)
-    parts = [
-        images_and_labels(read_bytes(root, path, expected), root / path)
-        for path, expected in zip(rows["path"], rows["checksum"], strict=True)
-    ]
+    """Load a split (train or test; its first `limit` images) onto `device`, its files checked against the manifest.
+
+    Without a manifest they are those of `find`, unchecked.
+    """
+    if manifest is None:
+        files = [(found.files[0], None) for found in find(root) if found.split == split]
+    else:
+        rows = Manifest.read(manifest).split(split)
+        files = list(zip(rows["path"], rows["checksum"], strict=True))
+    parts = [images_and_labels(read_bytes(root, path, expected), root / path) for path, expected in files]
     images, labels = (np.concatenate(part)[:limit] for part in zip(*parts, strict=True))
     return Cifar10(images, labels, augment=augment, seed=seed, device=device)
