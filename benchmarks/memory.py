@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, samples in taken.items():
             samples.append(_in_fresh_process([*given, "--one", name]))
     rows = [_summary(name, samples) for name, samples in taken.items()]
-    report = {
+    report: dict[str, Any] = {
         "steps": STEPS,
         "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "known": _known(there),

@@ -130,7 +130,7 @@ def _back(
         _refuse_unseen(value, [point, *tensors])
     first, *others = torch.autograd.grad(value, [point, *tensors], gradient.to(value.dtype), allow_unused=True)
     for i, other in enumerate(others):
-        if other is not None:
+        if other is not None:  # pyright: ignore[reportUnnecessaryComparison]  allow_unused
             known = sums[i]
             sums[i] = other if known is None else known + other
     return value.detach().double(), first.double()

@@ -114,7 +114,9 @@ def train(
     section, machine = _begin(stage, model, device, workers, path, trace=not dry_run)
     if dry_run:
         from pipeline import dry_run as rehearsal
+        from pipeline.train_params import TrainParams
 
+        assert isinstance(section, TrainParams)
         typer.echo("\n".join(rehearsal.lines(stage, model, section, machine, path)))
         return
     _launch()

@@ -135,6 +135,6 @@ class _Served:
         return pd.DataFrame(best, columns=["classes", "probabilities"])
 
 
-def _load_pyfunc(path: str) -> _Served:
+def _load_pyfunc(path: str) -> _Served:  # pyright: ignore[reportUnusedFunction]
     """MLflow's loader, on the device that the environment names."""
     return _Served(Predictor(Path(path), Machine.from_environment()))

@@ -415,16 +415,3 @@ def _digest(path: Path) -> str:
     for file in files:
         digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def __getattr__(name: str) -> Any:
-    """`TrainParams` and its kin, from `train_params` when first asked for: they need torch."""
-    if name in {"TrainParams", "ClassifyParams", "PretrainParams", "FinetuneParams"} | {
-        "ConvergenceParams",
-        "BenchmarkParams",
-        "BenchmarkModel",
-    }:
-        from pipeline import train_params
-
-        return getattr(train_params, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

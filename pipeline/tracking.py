@@ -150,8 +150,9 @@ class MlflowTracker:
     ) -> None:
         """Create or reopen the run, watch the machine's load; waits for the store only a short while."""
         _quieten()
-        import mlflow.entities  # noqa: F401  here: a loader process must not be forked amid an import
-        import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+        # here: a loader process must not be forked amid an import
+        import mlflow.entities  # noqa: F401 # pyright: ignore[reportUnusedImport]
+        import mlflow.system_metrics.system_metrics_monitor  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
         def begin() -> None:
             self._client, self._experiment = open_store(self._machine)

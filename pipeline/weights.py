@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ PUBLISHED_SIZES = {
 
 # what the published checkpoints hold besides tensors: a numpy scalar, under either name of its module
 _SCALAR = np.float64(0).__reduce__()[0]
-_SCALARS = [np.dtype, np.dtypes.Float64DType, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
+_SCALARS: list[Any] = [np.dtype, np.dtypes.Float64DType, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
 
 
 def import_weights(file: Path, model: str, out: Path | None = None, presets: Path = Path("params/paper.yaml")) -> Path:
@@ -93,7 +94,7 @@ def _class_names(dataset: str) -> list[str]:
     return list(cifar10.CLASSES if dataset == "cifar10" else cityscapes.class_names())
 
 
-def _open(file: Path) -> dict:
+def _open(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_SCALARS):
             return torch.load(file, map_location="cpu", weights_only=True)

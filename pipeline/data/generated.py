@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def ensure(root: Path, params: Generated) -> None:
     _draw(root, params, recipe)
 
 
-def _is_whole(root: Path, marker: Path, recipe: dict) -> bool:
+def _is_whole(root: Path, marker: Path, recipe: dict[str, Any]) -> bool:
     """Return whether the files are those of `recipe`; contents are read only where size or time differ."""
     try:
         drawn = json.loads(marker.read_text())
@@ -117,7 +118,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _draw(root: Path, params: Generated, recipe: dict) -> None:
+def _draw(root: Path, params: Generated, recipe: dict[str, Any]) -> None:
     """Draw beside the old files, then put the new ones in their place; the marker comes last."""
     drawing = root / DRAWING
     shutil.rmtree(drawing, ignore_errors=True)

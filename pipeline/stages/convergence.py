@@ -28,7 +28,7 @@ from pipeline.data import cityscapes
 from pipeline.data.loading import BatchDataset, Keys
 from pipeline.data.manifest import DataError
 from pipeline.machine import Machine
-from pipeline.params import ConvergenceParams
+from pipeline.train_params import ConvergenceParams
 from pipeline.trained import Trained, load
 
 LEVELS = (1e-1, 1e-2, 1e-3)

@@ -112,7 +112,7 @@ def _kept(path: Path) -> Any:
         return None
 
 
-def _rows(form: Format, root: Path, found: list[Found], stamps: list, kept: Path, machine: Machine) -> list[Row]:
+def _rows(form: Format, root: Path, found: list[Found], stamps: list[Any], kept: Path, machine: Machine) -> list[Row]:
     """Read what is new or has another size or time than when it was last read, in threads.
 
     What was read is kept also when a file is found broken: once it is mended, the rest is not read again.
@@ -133,7 +133,7 @@ def _rows(form: Format, root: Path, found: list[Found], stamps: list, kept: Path
     return [row for row in rows if row is not None]
 
 
-def _keep(kept: Path, seen: str, rows: list[Row], name: str, source: str, root: Path) -> dict:
+def _keep(kept: Path, seen: str, rows: list[Row], name: str, source: str, root: Path) -> dict[str, Any]:
     """Make the outputs, keep them and return the summary; the mark that they are complete is written last."""
     import pandas as pd
 
@@ -144,7 +144,7 @@ def _keep(kept: Path, seen: str, rows: list[Row], name: str, source: str, root: 
     table.to_csv(kept / "manifest.csv", index=False, lineterminator="\n")
     counted: Any = table if "images" in table else table.assign(images=1)  # else a row is an image
     counts = FORMATS[name].counts(rows)
-    summary = {
+    summary: dict[str, Any] = {
         "set": name,
         "source": source,
         "classes": len(next(iter(counts.values()))) - (name == "cityscapes"),  # which counts what is ignored too
@@ -162,7 +162,7 @@ def _keep(kept: Path, seen: str, rows: list[Row], name: str, source: str, root: 
     return summary
 
 
-def _sizes(summary: dict) -> str:
+def _sizes(summary: dict[str, Any]) -> str:
     return ", ".join(f"{count:,} {split}" for split, count in summary["images"].items()) + " images"
 
 
