@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -220,29 +220,20 @@ def at_equal_residual(step: Step, peer: Probe, limit: int) -> tuple[int, int] | 
     f, z0, _ = step.problem()
     with torch.no_grad():
         trace = Anderson(limit, tolerance=0.0)(f, z0).trace
-        forward = next(
-            (
-                n
-                for n in _candidates(best_so_far(trace), peer.forward_residual)
-                if forward_residual(f, Anderson(n, tolerance=0.0)(f, z0).value) <= peer.forward_residual
-            ),
-            None,
-        )
-    if forward is None:
-        return None
+        for forward in _candidates(best_so_far(trace), peer.forward_residual):
+            if forward_residual(f, Anderson(forward, tolerance=0.0)(f, z0).value) <= peer.forward_residual:
+                break
+        else:
+            return None
     solutions: list[Solution] = []
-    rule = Implicit(Gmres(limit, tolerance=0.0))
-    long = Column(
-        "", lambda f, z0: equilibrium(f, z0, Anderson(forward, tolerance=0.0), rule, on_backward=solutions.append)[0]
-    )
-    step.probe(long)
-    for n in _candidates(
-        torch.cat([torch.ones_like(solutions[0].trace[:1]), solutions[0].trace]), peer.backward_residual
-    ):
-        found = step.probe(anderson_gmres(forward, n, step.at_once))
+    solver, rule = Anderson(forward, tolerance=0.0), Implicit(Gmres(limit, tolerance=0.0))
+    step.run(lambda f, z0: equilibrium(f, z0, solver, rule, on_backward=solutions.append)[0])
+    trace = torch.cat([torch.ones_like(solutions[0].trace[:1]), solutions[0].trace])
+    for backward in _candidates(trace, peer.backward_residual):
+        found = step.probe(anderson_gmres(forward, backward, step.at_once))
         assert found.backward_residual is not None
         if found.forward_residual <= peer.forward_residual and found.backward_residual <= peer.backward_residual:
-            return forward, n
+            return forward, backward
     return None
 
 
@@ -265,14 +256,13 @@ class _Replay:
 
     def __init__(self, f: BatchMap) -> None:
         self.f, self.values, self.parts = f, list[Tensor](), dict[int, _Replay]()
-        self.next: int | None = None
+        self.given: Iterator[Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        if self.next is None:
-            self.values.append(self.f(z))
-            return self.values[-1]
-        self.next += 1
-        return self.values[self.next - 1]
+        if self.given is not None:
+            return next(self.given)
+        self.values.append(self.f(z))
+        return self.values[-1]
 
     def rows(self, rows: slice) -> Map:
         return self.parts.setdefault(rows.start, _Replay(self.f.rows(rows)))  # type: ignore[arg-type]
@@ -280,7 +270,7 @@ class _Replay:
     def again(self) -> None:
         """From the first value on."""
         for part in (self, *self.parts.values()):
-            part.next = 0
+            part.given = iter(part.values)
 
 
 def own_milliseconds(layer: Layer, f: BatchMap, z0: Tensor, repeats: int = 7) -> float:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -210,23 +210,14 @@ def check_warm_up(section: str, params: TrainParams, samples: int) -> None:
 
 def _metrics(histories: dict[int, list[Row]], parameters: int) -> Row:
     """The last epoch's figures, their mean over the seeds; with several seeds their deviation too, as <name>_std."""
-    rows = [rows[-1] for rows in histories.values()]
-    metrics: Row = {"parameters": float(parameters)}
-    for name in rows[0]:
-        if name in ("epoch", "step"):
-            continue
-        values = [row[name] for row in rows]
-        metrics[name] = statistics.fmean(values)
-        if len(values) > 1:
-            metrics[f"{name}_std"] = statistics.stdev(values)
-    return metrics
+    last = pd.DataFrame([rows[-1] for rows in histories.values()]).drop(columns=["epoch", "step"])
+    deviations = last.std(skipna=False).add_suffix("_std").to_dict() if len(last) > 1 else {}
+    return {"parameters": float(parameters), **last.mean(skipna=False).to_dict(), **deviations}
 
 
 def _write(
     out: Path, histories: dict[int, list[Row]], logs: dict[int, list[tuple[int, Row]]], metrics: dict[str, Any]
 ) -> None:
-    import pandas as pd
-
     from pipeline import figures
 
     history = pd.DataFrame([{"seed": seed, **row} for seed, rows in histories.items() for row in rows])

@@ -87,9 +87,12 @@ def test_a_half_solved_adjoint_shows() -> None:
 
 
 def test_presets_are_those_of_the_papers_params() -> None:
-    places = {"mdeq-small": "classify", "mdeq-10m": "classify", "imagenet-mdeq-small": "pretrain"}
-    for name, stage in places.items():
-        instance = {"mdeq-small": "mdeq-small", "mdeq-10m": "mdeq", "imagenet-mdeq-small": "mdeq-small"}[name]
+    places = {
+        "mdeq-small": ("classify", "mdeq-small"),
+        "mdeq-10m": ("classify", "mdeq"),
+        "imagenet-mdeq-small": ("pretrain", "mdeq-small"),
+    }
+    for name, (stage, instance) in places.items():
         params = load(stage, instance, Path(__file__).parents[1] / "params/paper.yaml")
         preset = setting.PRESETS[name]
         assert isinstance(params, TrainParams) and params.forward and isinstance(params.backward, Implicit)
@@ -119,26 +122,11 @@ def test_work_of_this_process_is_not_others(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_they_import_torch_and_numpy_alone() -> None:
-    heavy = {
-        "pandas",
-        "cv2",
-        "pydantic",
-        "mlflow",
-        "dvc",
-        "torchvision",
-        "matplotlib",
-        "typer",
-        "PIL",
-        "rich",
-        "torchdeq",
-    }
-    code = (
-        f"import sys, benchmarks.peers, benchmarks.memory, benchmarks.sweep; print(sorted({heavy} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
+    heavy = set("pandas cv2 pydantic mlflow dvc torchvision matplotlib typer PIL rich torchdeq".split())
+    code = f"import sys, benchmarks.peers, benchmarks.memory, benchmarks.sweep; print({heavy} & set(sys.modules))"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.fixture(scope="module")
