@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,37 +51,6 @@ class Trace:
     scales: list[Tensor]
 
 
-class _Recorder:
-    """f, noting the norms of Figure 5 whenever it is called; keeps one iterate."""
-
-    def __init__(self, f: Map, lengths: list[int]) -> None:
-        self._f, self._lengths = f, lengths
-        self._last: Tensor | None = None
-        self._scales: list[list[Tensor]] = [[] for _ in lengths]
-        self._changes: list[Tensor] = []
-        self._residuals: list[Tensor] = []
-
-    def __call__(self, z: Tensor) -> Tensor:
-        fz = self._f(z)
-        norm = torch.linalg.vector_norm
-        if self._last is None:
-            self._changes.append(z.new_full((len(z),), torch.nan))
-        else:
-            size = norm(self._last, dim=1)
-            moved = norm(z - self._last, dim=1) / size
-            self._changes.append(torch.where(size > 0, moved, torch.nan))
-        self._residuals.append(norm(fz - z, dim=1) / norm(fz, dim=1))
-        parts = zip(self._scales, fz.split(self._lengths, 1), z.split(self._lengths, 1), strict=True)
-        for own, fz_scale, z_scale in parts:
-            own.append(norm(fz_scale - z_scale, dim=1) / norm(fz_scale, dim=1))
-        self._last = z.clone()
-        return fz
-
-    def trace(self) -> Trace:
-        scales = [torch.stack(own) for own in self._scales]
-        return Trace(torch.stack(self._changes), torch.stack(self._residuals), scales)
-
-
 @torch.no_grad()
 def trace(f: Map, z0: Tensor, solver: ForwardSolver, steps: int, lengths: list[int]) -> Trace:
     """Run ``solver`` from ``z0`` (B, D) for ``steps`` updates, so steps + 1 calls of ``f``, without a stop.
@@ -88,9 +58,21 @@ def trace(f: Map, z0: Tensor, solver: ForwardSolver, steps: int, lengths: list[i
     ``lengths`` are those of the scales, which add up to D. The calls are fewer only if every sample
     comes to an exact fixed point or leaves the finite numbers.
     """
-    recorder = _Recorder(f, lengths)
-    replace(solver, steps=steps, tolerance=0.0)(recorder, z0)
-    return recorder.trace()
+    noted: list[Tensor] = []
+    last, norm = torch.zeros_like(z0), partial(torch.linalg.vector_norm, dim=1)
+
+    def noting(z: Tensor) -> Tensor:
+        nonlocal last
+        fz, size = f(z), norm(last)
+        change = torch.where(size > 0, norm(z - last) / size, torch.nan)
+        parts = zip((fz, *fz.split(lengths, 1)), (z, *z.split(lengths, 1)), strict=True)
+        noted.append(torch.stack([change, *(norm(after - before) / norm(after) for after, before in parts)]))
+        last = z.clone()
+        return fz
+
+    replace(solver, steps=steps, tolerance=0.0)(noting, z0)
+    change, residual, *scales = torch.stack(noted, 1)  # (evaluations, B) each
+    return Trace(change, residual, scales)
 
 
 def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
