@@ -245,7 +245,7 @@ def _lines(axes: Axes, curves: Curves, x: str, y: str, title: str, label: str, *
     for below, name in pairwise(names):
         ends[name] = max(ends[name], ends[below] + 0.065)
     excess = max(0.0, ends[names[-1]] - 1)  # labels of curves that end at the top go down
-    style = {"transform": axes.transAxes, "fontsize": 8.5, "va": "center"}
+    style: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 8.5, "va": "center"}
     for name in names:
         axes.text(1.02, ends[name] - excess, name, color=COLOURS[name], **style)
 
