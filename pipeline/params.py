@@ -14,15 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 from ruamel.yaml import YAML
@@ -105,37 +97,27 @@ class PrepareParams(Section):
 
 
 LAST_SEED = 2**32 - 1
-_Seed, _Count = Field(ge=0, le=LAST_SEED), Field(ge=1)
+_Seed, _Count, _Ten = Field(ge=0, le=LAST_SEED), Field(ge=1), Field(ge=10)
+_PER_CLASS = {"train_per_class": _Count, "val_per_class": _Count}
+_SIZE = {"height": Field(ge=32), "width": Field(ge=32)}
 
 
 class PrepareCifar10(PrepareParams):
     """Where CIFAR-10 comes from."""
 
-    generated: Annotated[GeneratedCifar10, Ranges(seed=_Seed, train=Field(ge=10), test=Field(ge=10))] | None = None
+    generated: Annotated[GeneratedCifar10, Ranges(seed=_Seed, train=_Ten, test=_Ten)] | None = None
 
 
 class PrepareImageNet(PrepareParams):
     """Where ImageNet comes from."""
 
-    generated: (
-        Annotated[
-            GeneratedImageNet,
-            Ranges(seed=_Seed, classes=Field(ge=2), train_per_class=_Count, val_per_class=_Count),
-        ]
-        | None
-    ) = None
+    generated: Annotated[GeneratedImageNet, Ranges(seed=_Seed, classes=Field(ge=2), **_PER_CLASS)] | None = None
 
 
 class PrepareCityscapes(PrepareParams):
     """Where Cityscapes comes from."""
 
-    generated: (
-        Annotated[
-            GeneratedCityscapes,
-            Ranges(seed=_Seed, train=_Count, val=_Count, height=Field(ge=32), width=Field(ge=32)),
-        ]
-        | None
-    ) = None
+    generated: Annotated[GeneratedCityscapes, Ranges(seed=_Seed, train=_Count, val=_Count, **_SIZE)] | None = None
 
 
 class EvaluateParams(Section):
@@ -320,7 +302,7 @@ def _line(error: ErrorDetails, data: Any, document: dict[str, Any], keys: tuple[
         case "missing":
             what = "is missing"
         case "extra_forbidden":
-            allowed = _allowed(document, data, where[:-1])
+            allowed = sorted(_at(document, data, where[:-1]).get("properties", {}))
             near = difflib.get_close_matches(str(where[-1]), allowed, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             what = f"unknown key; {hint}allowed: {', '.join(allowed)}"
@@ -364,22 +346,18 @@ def _location(loc: tuple[int | str, ...], data: Any, missing: bool) -> tuple[int
     return tuple(where)
 
 
-def _allowed(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> list[str]:
-    """The keys that the schema knows at a place of the file."""
+def _at(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> dict[str, Any]:
+    """The object schema at a place of the file."""
     node = _follow(document, document, data)
     for part in where:
         data = data[part]
         node = _follow(document, _inner(node, part), data)
-    return sorted(node.get("properties", {}))
+    return node
 
 
 def _expected(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> str:
     """The kinds that the schema offers at a place of the file."""
-    node = _follow(document, document, data)
-    for part in where[:-1]:
-        data = data[part]
-        node = _follow(document, _inner(node, part), data)
-    choices = [last := _inner(node, where[-1]), *last.get("anyOf", [])]
+    choices = [last := _inner(_at(document, data, where[:-1]), where[-1]), *last.get("anyOf", [])]
     return ", ".join(repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {}))
 
 
@@ -405,13 +383,5 @@ def _follow(document: dict[str, Any], node: dict[str, Any], data: Any) -> dict[s
 def _digest(path: Path) -> str:
     """Of the file and of the code that decides what is right."""
     here = Path(__file__).parent
-    files = [
-        path,
-        *sorted(here.glob("*params.py")),
-        here / "training.py",
-        *sorted((here.parent / "mdeq").glob("*.py")),
-    ]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    code = [here / "training.py", *sorted(here.glob("*params.py")), *sorted((here.parent / "mdeq").glob("*.py"))]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in (path, *code))).hexdigest()

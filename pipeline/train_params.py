@@ -11,19 +11,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from mdeq import (
-    Anderson,
-    Broyden,
-    ClassificationHeadConfig,
-    FixedPoint,
-    Gmres,
-    Implicit,
-    MDEQConfig,
-    Phantom,
-    Reversible,
-    SegmentationHeadConfig,
-)
+from mdeq import Anderson, Broyden, FixedPoint, Gmres, Implicit, MDEQConfig, Phantom, Reversible
 from mdeq.baselines import ExplicitConfig, NeuralODEConfig, ResNetConfig
+from mdeq.heads import ClassificationHeadConfig, SegmentationHeadConfig
 from pipeline.params import (
     LAST_SEED,
     TRAINED_BY,
@@ -54,27 +44,17 @@ ReversibleParams = Annotated[Reversible, Ranges(steps=Natural, damping=Field(gt=
 BackwardParams = Annotated[ImplicitParams | PhantomParams | ReversibleParams, Field(discriminator="kind")]
 
 _Channels = Annotated[tuple[Annotated[int, Natural], ...], Field(min_length=1)]
-MDEQParams = Annotated[
-    MDEQConfig,
-    Ranges(
-        channels=_Channels,
-        expansion=Natural,
-        groups=Field(ge=2, multiple_of=2),
-        downsamplings=Field(ge=0, le=2),
-        dropout=Field(ge=0, lt=1),
-        batch_norm_momentum=Field(gt=0, le=1),
-        unrolled=Natural,
-    ),
-]
+_Architecture = {
+    "channels": _Channels, "expansion": Natural, "groups": Field(ge=2, multiple_of=2), "unrolled": Natural,
+    "downsamplings": Field(ge=0, le=2), "dropout": Field(ge=0, lt=1), "batch_norm_momentum": Field(gt=0, le=1),
+}  # fmt: skip
+MDEQParams = Annotated[MDEQConfig, Ranges(**_Architecture)]
 ResNetParams = Annotated[ResNetConfig, Ranges(width=Natural)]
 NeuralODEParams = Annotated[
     NeuralODEConfig, Ranges(filters=Natural, augmented=Field(ge=0), tolerance=Positive, image=Natural)
 ]
 ExplicitParams = Annotated[ExplicitConfig, Ranges()]
-ModelParams = Annotated[
-    MDEQParams | ResNetParams | NeuralODEParams | ExplicitParams,
-    Field(discriminator="kind"),
-]
+ModelParams = Annotated[MDEQParams | ResNetParams | NeuralODEParams | ExplicitParams, Field(discriminator="kind")]
 ClassificationHeadParams = Annotated[ClassificationHeadConfig, Ranges(channels=_Channels, final_channels=Natural)]
 SegmentationHeadParams = Annotated[SegmentationHeadConfig, Ranges()]
 _Decay = Field(ge=0)
@@ -84,18 +64,11 @@ OptimizerParams = Annotated[
     Field(discriminator="kind"),
 ]
 WarmUpParams = Annotated[WarmUp, Ranges(layers=Natural, steps=Field(ge=0), softplus=Positive)]
-JacobianParams = Annotated[
-    JacobianTerm,
-    Ranges(
-        weight=_Decay,
-        probability=Field(ge=0, le=1),
-        probes=Natural,
-        warm_up_weight=_Decay,
-        increase=_Decay,
-        increase_every=Natural,
-        stop_epoch=Natural,
-    ),
-]
+_Term = {
+    "weight": _Decay, "probability": Field(ge=0, le=1), "probes": Natural, "warm_up_weight": _Decay,
+    "increase": _Decay, "increase_every": Natural, "stop_epoch": Natural,
+}  # fmt: skip
+JacobianParams = Annotated[JacobianTerm, Ranges(**_Term)]
 Size = Annotated[tuple[Annotated[int, Natural], Annotated[int, Natural]], Field(description="[height, width]")]
 
 
