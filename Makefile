@@ -48,6 +48,7 @@ coverage: $(STAMP)  ## The same, with the lines and branches that no test reache
 
 lint: $(STAMP)  ## Style, types, Dockerfile
 	@ruff check mdeq pipeline tests benchmarks
+	@ruff format --check --quiet
 	@pyright
 	@hadolint Dockerfile
 
