@@ -1,101 +1,188 @@
-"""Training killed at random moments for a long time: nothing may be lost, and neither memory nor open files may grow.
+"""The chain of stages for an hour, its trainings killed at random moments: nothing lost, nothing growing.
 
     make soak
 
-Runs the training stages of a params.yaml in turn, in a folder of their own, each killed `--kills` times before it may
-end, again and again, and prints a line a stage. Weights that differ from those of the first round end it.
+The first round runs undisturbed. In each later one every training is killed `--kills` times, at moments of its own CPU
+time that are spread over all of it, and must end with the first round's weights and, as one run, with its recorded
+history. Memory and open files are those of the longest leg, early and late in its training. What is wrong is said at
+the end, exit code 1. Stages are forked from this process, which has imported all, so that kills hit their work.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
 import shutil
 import signal
-import subprocess
+import sqlite3
 import sys
 import time
+import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import NoReturn
 
-import torch
+import matplotlib.pyplot  # noqa: F401
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+import torch._dynamo  # noqa: F401
+
+from pipeline import cli, experiment, figures, progress, tracking, train_params  # noqa: F401
+from pipeline.stages import classify, convergence, evaluate, finetune, prepare, pretrain, report  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "work" / "soak"
-STAGES = ("classify", "pretrain", "finetune")
+MODEL = "mdeq-small"
+TRAINED = {"classify": "cifar10", "pretrain": "imagenet", "finetune": "cityscapes"}
+BEFORE = [("prepare", name) for name in TRAINED.values()]
+AFTER = [("evaluate", name, MODEL) for name in TRAINED.values()] + [("convergence", "cifar10"), ("report",)]
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Leg:
+    """One process of a stage: its exit code, CPU seconds in all and until it trained, and (MB, open files) then."""
+
+    code: int = 0
+    cpu: float = 0.0
+    start: float = 0.0
+    seen: list[tuple[float, int]] = field(default_factory=list)
+
+    def early_and_late(self) -> tuple[list[float], list[float]]:
+        """Medians of memory and open files over the first fifth of the training, and over the last."""
+        part = max(1, len(self.seen) // 5)
+        early, late = (
+            [median(column) for column in zip(*rows, strict=True)] for rows in (self.seen[:part], self.seen[-part:])
+        )
+        return early, late
 
 
 def main() -> None:
-    """Prints a CSV: round, stage, seconds, kills, peak memory in MB, most open files."""
+    """Prints a CSV, a line a training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=ROOT / "params.yaml")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--longest", type=float, default=20.0, help="seconds until a kill, at most")
-    parser.add_argument("--model", default="mdeq-small")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     shutil.copy(options.params, FOLDER / "params.yaml")
-    for name in ("cifar10", "imagenet", "cityscapes"):
-        if run(("prepare", name), None)[0]:
-            sys.exit(f"prepare {name} failed")
-    draw, until, first = random.Random(options.seed), time.monotonic() + 60 * options.minutes, {}
-    print("round,stage,seconds,kills,memory_mb,open_files", flush=True)
+    sys.path.insert(0, str(ROOT))
+    draw, until, wrong = random.Random(options.seed), time.monotonic() + 60 * options.minutes, []
+    first: dict[str, tuple[Leg, object]] = {}
     number = 0
-    while time.monotonic() < until or not number:
-        for stage in STAGES:
-            began, kills, memory, files = time.monotonic(), 0, 0.0, 0
+    print("round,stage,seconds,kills,cpu_s,mb_early,mb_late,files_early,files_late", flush=True)
+    while time.monotonic() < until or number < 2:
+        for command in BEFORE:
+            whole(command)
+        for stage in TRAINED:
+            began, kills, longest = time.monotonic(), 0, Leg()
+            whole_leg = first[stage][0] if number else Leg()
             while True:
-                limit = draw.uniform(0, options.longest) if kills < options.kills else None
-                code, used, opened = run((stage, options.model), limit)
-                memory, files = max(memory, used), max(files, opened)
-                if code == 0:
+                reach = whole_leg.start + 2 * (whole_leg.cpu - whole_leg.start) / options.kills
+                limit = draw.uniform(0, reach) if number and kills < options.kills else None
+                leg = run((stage, MODEL), limit)
+                longest = max(leg, longest, key=lambda leg: len(leg.seen))
+                if leg.code == 0:
                     break
-                if code != -signal.SIGKILL:
-                    sys.exit(f"{stage}: exit code {code}")
+                if leg.code != -signal.SIGKILL:
+                    sys.exit(f"{stage}: exit code {leg.code}")
                 kills += 1
-            print(f"{number},{stage},{time.monotonic() - began:.0f},{kills},{memory:.0f},{files}", flush=True)
-            out = FOLDER / "results" / stage / options.model
-            if first.setdefault(stage, found := weights(out / "model.pt")) != found:
-                sys.exit(f"{stage}: other weights than in the first round")
-        for stage in STAGES:
-            shutil.rmtree(FOLDER / "results" / stage)
+            (mb, files), (mb_late, files_late) = longest.early_and_late()
+            seconds = time.monotonic() - began
+            legs = f"{longest.cpu:.0f},{mb:.0f},{mb_late:.0f},{files:.0f},{files_late:.0f}"
+            print(f"{number},{stage},{seconds:.0f},{kills},{legs}", flush=True)
+            outcome = weights(stage), history(stage, number + 1)
+            undisturbed, expected = first.setdefault(stage, (longest, outcome))
+            if outcome != expected:
+                wrong.append(f"round {number}, {stage}: other weights or another history than undisturbed")
+            if number:  # many legs are too short to compare with themselves
+                mb, files = undisturbed.early_and_late()[1]
+            if mb_late > 1.05 * mb + 10 or files_late > files + 4:
+                wrong.append(f"round {number}, {stage}: it grows")
+        for command in AFTER:
+            whole(command)
+        shutil.rmtree(FOLDER / "results")
         number += 1
+    sys.exit("\n".join(wrong) or 0)
 
 
-def run(command: tuple[str, ...], limit: float | None) -> tuple[int, float, int]:
-    """A stage, killed after `limit` seconds; its exit code, peak memory in MB and most open files."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *command],
-        cwd=FOLDER,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
-    )
-    began, memory, files = time.monotonic(), 0.0, 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            memory = max(
-                memory, *(int(line.split()[1]) / 1e3 for line in status.splitlines() if line.startswith("VmHWM"))
-            )
-            files = max(files, len(os.listdir(f"/proc/{process.pid}/fd")))
-        except (OSError, TypeError):
-            pass  # it has just ended
-        if limit is not None and time.monotonic() - began > limit:
-            process.kill()
-        time.sleep(0.1)
-    return process.returncode, memory, files
+def whole(command: tuple[str, ...]) -> None:
+    """A stage that nobody disturbs."""
+    if code := run(command, None).code:
+        sys.exit(f"{' '.join(command)}: exit code {code}")
 
 
-def weights(path: Path) -> str:
+def run(command: tuple[str, ...], limit: float | None) -> Leg:
+    """A stage, killed after `limit` seconds of CPU time."""
+    leg, state, results = Leg(), FOLDER / "work" / "-".join(command[:2]), FOLDER / "results" / Path(*command[:2])
+    child = os.fork() or _become(command)
+    proc, ended = Path("/proc", str(child)), 0
+    try:
+        while not ended:
+            leg.cpu = sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:13])) / TICK
+            if list(state.glob("*/*.pt")) and not (results / "model.pt").exists():
+                memory = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+                with contextlib.suppress(FileNotFoundError):  # it has just ended
+                    leg.seen.append((memory, len(os.listdir(proc / "fd"))))
+                    leg.start = leg.start or leg.cpu
+            if limit is not None and leg.cpu > limit:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.05)
+            ended, status = os.waitpid(child, os.WNOHANG)
+    finally:
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+    leg.code = os.waitstatus_to_exitcode(status)
+    return leg
+
+
+def _become(command: tuple[str, ...]) -> NoReturn:
+    """The child: runs the stage as the command line does."""
+    os.setsid()
+    os.chdir(FOLDER)
+    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    sys.argv, code = ["pipeline", *command], 1
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def weights(stage: str) -> str:
     """A digest of a model's weights."""
     digest = hashlib.sha256()
-    for name, value in torch.load(path, weights_only=True)["state"].items():
+    for name, value in torch.load(FOLDER / "results" / stage / MODEL / "model.pt", weights_only=True)["state"].items():
         digest.update(name.encode() + value.numpy().tobytes())
     return digest.hexdigest()
+
+
+def history(stage: str, count: int) -> list[tuple[str, int, float]]:
+    """What the store has of the last of a stage's `count` finished runs, but for what the clock decides."""
+    with sqlite3.connect(FOLDER / "mlflow.db") as store:
+        runs = store.execute(
+            "SELECT run_uuid FROM runs JOIN tags USING (run_uuid) WHERE key = 'stage' AND value = ? "
+            "AND status = 'FINISHED' ORDER BY start_time",
+            (stage,),
+        ).fetchall()
+        every = store.execute("SELECT count(*) FROM tags WHERE key = 'stage' AND value = ?", (stage,)).fetchone()
+        assert len(runs) == every[0] == count, f"{stage}: {every[0]} runs, {len(runs)} of them finished, not {count}"
+        return store.execute(
+            "SELECT key, step, value FROM metrics WHERE run_uuid = ? AND key NOT LIKE 'time/%' "
+            "AND key NOT LIKE 'memory/%' AND key NOT LIKE 'system/%' ORDER BY key, step",
+            runs[-1],
+        ).fetchall()
 
 
 if __name__ == "__main__":

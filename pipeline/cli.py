@@ -427,10 +427,26 @@ def _reported() -> Generator[None]:
         number = os.environ.get("RANK", "0")
         said = str(error).rpartition("Error: ")[2] if "Original Traceback" in str(error) else str(error)  # of a loader
         _fail(said if number == "0" else f"process {number}: {said}")
+    except typer.Exit:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        _fail_for_memory(error)
+        raise
     except OSError as error:
         if error.errno not in FULL:
             raise
         _fail(f"{error.filename or 'the disk'}: {error.strerror}; mend that and run again: it goes on where it was")
+
+
+def _fail_for_memory(error: BaseException) -> None:
+    """Says so, if a loader process was killed or the memory does not suffice; returns from any other error."""
+    from pipeline.processes import out_of_memory
+
+    what = str(error).partition("\n")[0] or "out of memory"
+    if "DataLoader worker" in what:
+        _fail(f"{what.strip(' .')}; lower MDEQ_WORKERS, or give it memory (a container: --shm-size), and run again")
+    if out_of_memory(error):
+        _fail(f"the memory does not suffice ({what}); lower `batch` and run again")
 
 
 def _mendable() -> tuple[type[BaseException], ...]:

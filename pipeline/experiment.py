@@ -77,6 +77,7 @@ def run(
     own = states[params.seeds[0]]
     architecture = Architecture.of(params, first.train.classes)
 
+    builds_on = ""
     histories: dict[int, list[Row]] = {}
     logs: dict[int, list[tuple[int, Row]]] = {}
     with processes.joined(machine.device), contextlib.ExitStack() as stack:
@@ -96,7 +97,8 @@ def run(
             torch.manual_seed(seed)
             model = _build(architecture, f"{stage}.{name}")
             if backbone is not None:
-                tracker.tag("builds_on", load_backbone(model, backbone) or "unknown")
+                builds_on = load_backbone(model, backbone) or "unknown"
+                tracker.tag("builds_on", builds_on)
             prefix = f"seed-{seed}/" if len(params.seeds) > 1 else ""
             shown = Progress(f"{stage} {name} seed {seed}", tracker, prefix, shown=first_process)
             with shown as progress, _named_state(states[seed]):
@@ -121,6 +123,8 @@ def run(
         metrics["flops"] = flops(model, first.validation[Keys(0, [0])][0].to(machine.device))
         facts = {"data/source": summary["source"], "data/digest": summary["manifest"], **machine.describe()}
         setting = {"seeds": params.seeds, "batch": params.batch, "epochs": params.epochs, "run": tracker.run_id}
+        if builds_on:
+            setting["builds_on"] = builds_on
         _write(out, histories, logs, {**metrics, **facts, **setting})
         last = max(row["step"] for rows in histories.values() for row in rows)
         tracker.metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step=int(last))

@@ -77,3 +77,9 @@ def from_first(value: Value) -> Value:
     if count() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is for want of memory, as Python, CUDA, torch's CPU or cuBLAS say it."""
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

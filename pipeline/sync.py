@@ -17,35 +17,41 @@ from pipeline import params, tracking
 from pipeline.data.manifest import checksum
 from pipeline.machine import Machine
 
+PREPARED = "results/data/*/summary.json"
+
 
 def run(machine: Machine) -> Iterator[tuple[Path, bool]]:
     """Each stage's folder whose run was lacking, and whether all of it has arrived."""
     results = Path("results")
-    for file in sorted([*results.glob("*/*/metrics.json"), results / "benchmark" / "runtime.json"]):
+    for file in sorted([*results.glob("*/*/metrics.json"), *Path().glob(PREPARED), results / "benchmark/runtime.json"]):
         if file.exists():
             facts = json.loads(file.read_text(encoding="utf-8"))
-            lacking, run_id = tracking.lacking(machine, facts.get("run") or None, checksum(file.read_bytes()))
-            if lacking:
-                yield file.parent, _hand_over(machine, file, facts, run_id)
+            mark = facts.get("run") or checksum(file.read_bytes())
+            if tracking.lacking(machine, mark):
+                yield file.parent, _hand_over(machine, file, facts, mark)
 
 
-def _hand_over(machine: Machine, file: Path, facts: dict[str, Any], run_id: str | None) -> bool:
-    stage = file.parts[1]
+def _hand_over(machine: Machine, file: Path, facts: dict[str, Any], mark: str) -> bool:
+    stage = "prepare" if file.match(PREPARED) else file.parts[1]
     instance = file.parts[2] if len(file.parts) > 3 else None
-    tracker = tracking.MlflowTracker(machine)
-    tracker.begin(stage, instance, params.locked(file), run_id, watch=False)
+    tracker = tracking.MlflowTracker(machine, mark)
+    tracker.begin(stage, instance, params.locked(file), watch=False)
     with tracker:
-        tracker.tag("results", checksum(file.read_bytes()))
         for name in machine.describe().keys() & facts:
             tracker.tag(f"machine.{name}", str(facts[name]))
-        if "data/digest" in facts:
+        if facts.get("builds_on"):
+            tracker.tag("builds_on", facts["builds_on"])
+        if digest := facts.get("data/digest") or facts.get("manifest"):
             name = params.TRAINED_ON.get(stage) or str(instance).partition("-")[0]
-            context = "training" if stage in params.TRAINED_ON else "evaluation"
-            tracker.dataset(name, facts["data/digest"], facts["data/source"], context)
+            context = "evaluation" if stage in ("evaluate", "convergence") else "training"
+            tracker.dataset(name, digest, facts.get("data/source") or facts["source"], context)
         step = 0
         for step, row in _log(file.with_name("log.csv"), several=len(facts.get("seeds", ())) > 1):
             tracker.metrics(row, step)
         tracker.metrics(_numbers(facts), step)
+        if (trace := file.with_name("trace.csv")).exists():
+            for step, row in tracking.curves(pd.read_csv(trace)):
+                tracker.metrics(row, step)
         for output in sorted(path for path in file.parent.iterdir() if path.is_file()):
             if output.name == "model.pt":
                 tracker.model(output, segments=stage == "finetune")

@@ -18,7 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from pipeline.machine import Machine, commit, versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from pydantic import BaseModel
 
 PARAMS_A_BATCH, METRICS_A_BATCH, TAG_LENGTH = 100, 1000, 5000  # the store's limits
@@ -45,7 +47,10 @@ COLUMNS = (
 
 
 class Tracker(Protocol):
-    """What a stage may tell about its run; use it as a context manager."""
+    """What a stage may tell about its run; use it as a context manager.
+
+    `run_id` names the run: as MLflow does, or until the store has answered by the mark that it will have there.
+    """
 
     run_id: str | None
 
@@ -71,68 +76,60 @@ class Tracker(Protocol):
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        """Close the run: finished, failed or killed."""
 
 
 class StoreError(Exception):
     """The store does not answer."""
 
 
-class NullTracker:
+class NullTracker(Tracker):
     """Records nothing: for tests, MDEQ_TRACKING=off, and all but the first process of a distributed run."""
 
     run_id: str | None = None
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Nothing."""
-
-    def model(self, path: Path, segments: bool) -> None:
-        """Nothing."""
-
-    def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
-        """Nothing."""
-
-    def tag(self, name: str, value: str) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
     def __enter__(self) -> NullTracker:
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def start(
     stage: str, instance: str | None, params: BaseModel | None, machine: Machine, record: Path | None = None
 ) -> Tracker:
-    """The tracker of a stage's run: a new run, or the one that the file `record` names if the store has it."""
+    """The tracker of a stage's run: a new run, or the one that was begun with the same file `record`."""
     if machine.tracking_uri is None or os.environ.get("RANK", "0") != "0":
         return NullTracker()
-    run_id = record.read_text(encoding="utf-8") if record and record.exists() else None
-    tracker = MlflowTracker(machine, record)
-    tracker.begin(stage, instance, params and params.model_dump(mode="json"), run_id)
+    tracker = MlflowTracker(machine, _mark(record))
+    tracker.begin(stage, instance, params and params.model_dump(mode="json"))
     return tracker
+
+
+def _mark(record: Path | None) -> str:
+    """By which a run is found again; noted before the run is made, so that a kill in between leaves no second one."""
+    mark = record.read_text(encoding="utf-8") if record and record.exists() else ""
+    if not mark:
+        mark = uuid.uuid4().hex
+        if record:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(mark, encoding="utf-8")
+    return mark
 
 
 class MlflowTracker:
     """One MLflow run; made by `start`.
 
+    Args:
+        machine: Whose store.
+        mark: By which the run is found again: a tag of it, or its id.
+
     Attributes:
-        run_id: None until the store has answered.
         complete: Whether everything has arrived; known after the end.
     """
 
-    def __init__(self, machine: Machine, record: Path | None = None) -> None:
-        self.run_id: str | None = None
+    def __init__(self, machine: Machine, mark: str) -> None:
+        self.run_id: str | None = mark
         self.complete = False
-        self._machine, self._record = machine, record
+        self._machine = machine
         self._client: Any = None  # MlflowClient, once the store has answered
         self._experiment = ""
         self._parent: str | None = None  # the run of the whole pipeline, if DVC runs this stage
@@ -140,49 +137,48 @@ class MlflowTracker:
         self._rows: list[Any] = []  # mlflow.entities.Metric; appended by the stage, taken away by the thread
         self._told: dict[str, int] = {}  # metric -> the last step that the stage told
         self._known: dict[str, int] = {}  # metric -> its last step in the store, when the run was resumed
-        self._monitor: Any = None
+        self._described: Collection[str] = ()  # the params in the store, when the run was resumed
         self._flushed = time.monotonic()
         self._begun, self._closing = threading.Event(), threading.Event()
         self._warned = self._dropped = False
 
-    def begin(
-        self, stage: str, instance: str | None, params: dict[str, Any] | None, run_id: str | None, watch: bool = True
-    ) -> None:
+    def begin(self, stage: str, instance: str | None, params: dict[str, Any] | None, watch: bool = True) -> None:
         """Create or reopen the run, watch the machine's load; waits for the store only a short while."""
         _quieten()
         # here: a loader process must not be forked amid an import
         import mlflow.entities  # noqa: F401 # pyright: ignore[reportUnusedImport]
         import mlflow.system_metrics.system_metrics_monitor  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
+        mark = self.run_id or ""
+
         def begin() -> None:
             self._client, self._experiment = open_store(self._machine)
             if watch and "DVC_STAGE" in os.environ:
                 self._parent = _whole(self._client, self._experiment, self._machine)
-            resumed = self._parent if stage == "report" else run_id  # the whole's run is the one that has its report
-            if resumed is None or not self._reopen(resumed):
+            whole = self._parent if stage == "report" else None  # the whole's run is the one that has its report
+            found = _find(self._client, self._experiment, whole or mark)
+            if found and found.info.lifecycle_stage == "active":
+                self._reopen(found)
+            else:
                 name = f"{stage}/{instance}" if instance else stage
-                tags = _tags(stage, instance, self._machine)
+                tags = _tags(stage, instance, self._machine) | {"mark": mark}
                 if self._parent:
                     tags["mlflow.parentRunId"] = self._parent
-                run = self._client.create_run(self._experiment, run_name=name, tags=tags)
-                self.run_id = run.info.run_id
-            if self._record is not None:
-                self._record.parent.mkdir(parents=True, exist_ok=True)
-                self._record.write_text(self.run_id or "", encoding="utf-8")
+                self.run_id = self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
             self._begun.set()
 
         def describe() -> None:
-            if params and self.run_id != run_id:
+            if params:
                 self._log_params(params)
             if watch and self.run_id != self._parent:
-                self._start_monitor(resumed=self.run_id == run_id)
+                threading.Thread(target=self._watch, name="load", daemon=True).start()
 
         self._thread = threading.Thread(target=self._work, args=([begin, describe],), name="tracking", daemon=True)
         self._thread.start()
-        self._begun.wait(SECONDS_AT_START)
+        if not self._begun.wait(SECONDS_AT_START):
+            self._complain(f"the store has not answered for {SECONDS_AT_START:g} s")
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers at a step, each step of a metric once."""
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
@@ -195,15 +191,12 @@ class MlflowTracker:
             self.flush()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Store a copy of a file."""
         self._jobs.put(lambda: self._client.log_artifact(self.run_id, str(path), folder))
 
     def model(self, path: Path, segments: bool) -> None:
-        """Store a finished model.pt with the code that reads it."""
         self._jobs.put(lambda: self._log_model(path, segments))
 
     def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
-        """Name the data the run reads."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         # MLflow's digests are short names, at most 36 characters
@@ -212,11 +205,9 @@ class MlflowTracker:
         self._jobs.put(lambda: self._client.log_inputs(self.run_id, inputs))
 
     def tag(self, name: str, value: str) -> None:
-        """Set a tag."""
         self._jobs.put(lambda: self._client.set_tag(self.run_id, name, value[:TAG_LENGTH]))
 
     def flush(self) -> None:
-        """Have what is buffered sent."""
         self._flushed = time.monotonic()
         self._jobs.put(self._send)
 
@@ -226,7 +217,6 @@ class MlflowTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._jobs.put(lambda: self._monitor and self._monitor.finish())
         self.flush()
         if error is not None:
             self.tag("error", f"{type(error).__name__}: {error}")
@@ -261,7 +251,7 @@ class MlflowTracker:
             self._complain(_one_line(error))
             self._begun.set()  # nothing to wait for
             status = getattr(error, "get_http_status_code", lambda: 400)()
-            again = status >= 500 or isinstance(error, ConnectionError | TimeoutError)
+            again = status >= 500 or status == 429 or isinstance(error, ConnectionError | TimeoutError)
             self._dropped |= not again
             return not again
         return True
@@ -279,32 +269,26 @@ class MlflowTracker:
                 self._client.log_batch(self.run_id, metrics=new)
             del self._rows[: len(batch)]
 
-    def _reopen(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self._client.get_run(run_id)
-            if run.info.lifecycle_stage != "active":
-                return False
-            self._client.update_run(run_id, status="RUNNING")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False  # another store, or the run was deleted for good
+    def _reopen(self, run: Run) -> None:
+        self._client.update_run(run.info.run_id, status="RUNNING")
         # the latest step of each metric, without reading whole histories; MLflow has no public name for it
         self._known = {metric.key: metric.step for metric in run.data._metric_objs}
-        self.run_id = run_id
-        return True
+        self._described = run.data.params.keys()
+        self.run_id = run.info.run_id
 
     def _log_params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        flat = [Param(name, str(value)) for name, value in flatten(params).items()]
+        flat = [Param(name, str(value)) for name, value in flatten(params).items() if name not in self._described]
         for i in range(0, len(flat), PARAMS_A_BATCH):
             self._client.log_batch(self.run_id, params=flat[i : i + PARAMS_A_BATCH])
-        self._client.log_dict(self.run_id, params, "params.json")
+        if flat:
+            self._client.log_dict(self.run_id, params, "params.json")
 
     def _log_model(self, path: Path, segments: bool) -> None:
+        outputs = self._client.get_run(self.run_id).outputs
+        if outputs and outputs.model_outputs:
+            return  # killed after it, and resumed
         import pandas as pd
         from mlflow import pyfunc
         from mlflow.entities import LoggedModelOutput
@@ -335,13 +319,18 @@ class MlflowTracker:
         self._client.finalize_logged_model(logged.model_id, "READY")
         self._client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
 
-    def _start_monitor(self, resumed: bool) -> None:
+    def _watch(self) -> None:
+        """Records the machine's load until the stage ends; by MLflow's sensors, whose own thread gives up too soon."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(
-            self.run_id, resume_logging=resumed, tracking_uri=self._machine.tracking_uri
-        )
-        self._monitor.start()
+        sensors = SystemMetricsMonitor(self.run_id, tracking_uri=self._machine.tracking_uri)
+        step = max((last for name, last in self._known.items() if name.startswith("system/")), default=-1)
+        while not self._closing.wait(sensors.sampling_interval):
+            step += 1
+            sensors.collect_metrics()
+            self.metrics({f"system/{name}": value for name, value in sensors.aggregate_metrics().items()}, step)
+            for sensor in sensors.monitors:
+                sensor.clear_metrics()
 
 
 def open_store(machine: Machine) -> tuple[MlflowClient, str]:
@@ -382,6 +371,21 @@ def _alone(uri: str) -> contextlib.AbstractContextManager[Any]:
     return FileLock(f"{uri.removeprefix('sqlite:///')}.lock", timeout=120) if local else contextlib.nullcontext()
 
 
+def _find(client: MlflowClient, experiment: str, mark: str) -> Run | None:
+    """The run with that mark or id, also one that its user deleted; None if the store has none."""
+    from mlflow.entities import ViewType
+    from mlflow.exceptions import MlflowException
+
+    for run in client.search_runs([experiment], f"tags.mark = '{mark}'", ViewType.ALL, max_results=1):
+        return run
+    try:
+        return client.get_run(mark)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
 def _whole(client: MlflowClient, experiment: str, machine: Machine) -> str:
     """The run that groups the stages of one DVC experiment, or of the workspace at one commit; made when missing."""
     name = os.environ.get("DVC_EXP_NAME") or f"workspace {commit(machine.root)[:12]}"
@@ -394,8 +398,8 @@ def _whole(client: MlflowClient, experiment: str, machine: Machine) -> str:
         return client.create_run(experiment, run_name=f"pipeline {name}", tags=tags).info.run_id
 
 
-def register(machine: Machine, run_id: str | None, name: str) -> str:
-    """Make the model of a run a new version of the registered model `name`; returns that version.
+def register(machine: Machine, mark: str | None, name: str) -> str:
+    """Make the model of a run, by mark or id, a new version of the registered model `name`; returns that version.
 
     Raises:
         StoreError: if the store does not answer or has no such model.
@@ -404,41 +408,28 @@ def register(machine: Machine, run_id: str | None, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        client, _ = open_store(machine)
-        outputs = client.get_run(run_id).outputs if run_id else None
-        if outputs is None or not outputs.model_outputs:
+        client, experiment = open_store(machine)
+        run = _find(client, experiment, mark) if mark else None
+        if run is None or not (run.outputs and run.outputs.model_outputs):
             raise StoreError(f"{name}: the store has no model of its run; run `python -m pipeline sync` first")
         with contextlib.suppress(MlflowException):  # it is there
             client.create_registered_model(name)
-        model = outputs.model_outputs[-1].model_id
-        return client.create_model_version(name, f"models:/{model}", run_id, model_id=model).version
+        model = run.outputs.model_outputs[-1].model_id
+        return client.create_model_version(name, f"models:/{model}", run.info.run_id, model_id=model).version
     except MlflowException as error:
         raise StoreError(f"{name}: {_one_line(error)}; run `python -m pipeline sync` first") from None
 
 
-def lacking(machine: Machine, run_id: str | None, results: str) -> tuple[bool, str | None]:
-    """Whether the store lacks (some of) a run, and the id of what it has of it.
-
-    Args:
-        run_id: That the stage had, if any.
-        results: The checksum of its metrics file, by which a run that was made of the files is found again.
-    """
+def lacking(machine: Machine, mark: str) -> bool:
+    """Whether the store lacks (some of) the run with that mark or id; one that its user deleted is not forced back."""
     _quieten()
     from mlflow.exceptions import MlflowException
 
     try:
-        client, experiment = open_store(machine)
-        runs = client.search_runs([experiment], f"tags.results = '{results}'")
-        try:
-            runs += [client.get_run(run_id)] if run_id else []
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        run = _find(*open_store(machine), mark)
     except MlflowException as error:
         raise StoreError(f"the MLflow store does not answer: {_one_line(error)}") from None
-    for run in runs:  # one that its user deleted is not forced back
-        return run.info.status != "FINISHED" and run.info.lifecycle_stage == "active", run.info.run_id
-    return True, None
+    return run is None or (run.info.status != "FINISHED" and run.info.lifecycle_stage == "active")
 
 
 def serve(machine: Machine, port: int) -> int:
@@ -466,6 +457,14 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return flat
+
+
+def curves(table: Any) -> Iterator[tuple[int, dict[str, float]]]:
+    """The curves of a convergence's table, a pandas one: evaluation, and the means over the batches at it."""
+    for (solver, evaluation), row in (
+        table.groupby(["solver", "evaluation"], sort=False)[["change", "residual"]].mean().iterrows()
+    ):
+        yield evaluation, finite({f"solver/{solver}_{name}": value for name, value in row.items()})
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, float]:

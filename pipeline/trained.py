@@ -30,9 +30,9 @@ FORMATS = {"cifar10": cifar10, "imagenet": imagenet, "cityscapes": cityscapes}
 class Trained:
     """A model in evaluation mode on its device, and its evaluation split.
 
-    ``facts`` are strings and numbers to record beside every result: data, device, versions. ``training_run``
-    is the tracked run that made the model, empty if it was not tracked. ``frames`` are the path, width and height of
-    each scene of Cityscapes' split.
+    ``facts`` are strings and numbers to record beside every result: data, device, versions, and as ``builds_on`` the
+    tracked run that made the model, empty if it was not tracked. ``frames`` are the path, width and height of each
+    scene of Cityscapes' split.
     """
 
     network: nn.Module
@@ -41,14 +41,13 @@ class Trained:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     facts: dict[str, str | int]
-    training_run: str = ""
     frames: tuple[tuple[str, int, int], ...] = ()
 
     def announce(self, dataset: str, tracker: Tracker) -> None:
         """Tell a run what it builds on."""
         tracker.dataset(dataset, str(self.facts["data/digest"]), str(self.facts["data/source"]), "evaluation")
-        if self.training_run:
-            tracker.tag("builds_on", self.training_run)
+        if self.facts["builds_on"]:
+            tracker.tag("builds_on", str(self.facts["builds_on"]))
 
     def picture(self, image: Tensor) -> np.ndarray:
         """The photo (H, W, 3) in 0..1 that the normalised ``image`` (3, H, W) was made from."""
@@ -80,9 +79,9 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
             f"train it again: `python -m pipeline {TRAINED_BY[dataset]} {model}`"
         )
     facts = {"data/source": summary["source"], "data/digest": summary["manifest"], "samples": len(split)}
-    form, run = FORMATS[dataset], str(meta.get("run_id") or "")
-    frames = split.frames if isinstance(split, Cityscapes) else ()
-    return Trained(network, split, split.names, form.MEAN, form.STD, facts | machine.describe(), run, frames)
+    facts["builds_on"] = str(meta.get("run_id") or "")
+    form, frames = FORMATS[dataset], split.frames if isinstance(split, Cityscapes) else ()
+    return Trained(network, split, split.names, form.MEAN, form.STD, facts | machine.describe(), frames)
 
 
 def _open(dataset: str, machine: Machine, params: dict[str, Any], limit: int | None) -> Cifar10 | ImageNet | Cityscapes:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -32,7 +33,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Piece = tuple[Tensor, Tensor, int]  # images, targets, how many of them count
 FINAL_LR = 1e-6  # where the cosine ends, as published
 NAMES = 8  # of files in a message
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # as CUDA, torch's CPU and cuBLAS say it
+SMALLEST_SCALE = 2.0**-24  # of the loss in float16, its own smallest number: below it no gradient can be finite
 
 
 class TrainingError(Exception):
@@ -218,7 +219,7 @@ def train(
         observer.saved(state.log)
 
     def save() -> None:
-        state.seconds += clock.lap()
+        state.seconds = time.monotonic() - began
         if share.rank == 0:
             parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
             store.save({name: part.state_dict() for name, part in parts.items()} | {"state": vars(state)})
@@ -228,20 +229,12 @@ def train(
         return [{"epoch": 0, "step": 0, **_validate(model, task, recipe, state, device, workers, observer)}]
     updates = math.ceil(len(task.train) / recipe.batch)
     total = updates * recipe.epochs
-    clock = _Clock()
+    load = partial(batches, task.train, recipe.batch, seed=seed, shuffle=True, share=share, workers=workers)
+    began = time.monotonic() - state.seconds
     while state.epoch < recipe.epochs:
         epoch = state.epoch
         model.train()
-        loader = batches(
-            task.train,
-            recipe.batch,
-            seed=seed,
-            epoch=epoch,
-            shuffle=True,
-            start=state.batch,
-            share=share,
-            workers=workers,
-        )
+        loader = load(epoch=epoch, start=state.batch)
         last_save = time.monotonic()
         for pieces in zip(*[iter(loader)] * recipe.accumulate, strict=True):
             set_lr(optimizer, cosine(recipe.optimizer.lr, state.step, total))
@@ -261,19 +254,12 @@ def train(
                 last_save = time.monotonic()
         save()
         row = _validate(model, task, recipe, state, device, workers, observer)
-        seconds = state.seconds + clock.lap()
-        row |= {
-            "loss/train_epoch": state.loss_sum / updates,
-            "lr": optimizer.param_groups[0]["lr"],
-            **peak_memory(device),
-        }
-        state = _State(
-            epoch=epoch + 1,
-            step=state.step,
-            seconds=seconds,
-            log=[*state.log, (state.step, row)],
-            history=[*state.history, {"epoch": epoch + 1, "step": state.step, **row, "time/seconds": seconds}],
-        )
+        seconds = time.monotonic() - began
+        row |= {"loss/train_epoch": state.loss_sum / updates, "lr": optimizer.param_groups[0]["lr"]}
+        row |= peak_memory(device)
+        log = [*state.log, (state.step, row)]
+        history = [*state.history, {"epoch": epoch + 1, "step": state.step, **row, "time/seconds": seconds}]
+        state = _State(epoch + 1, step=state.step, seconds=seconds, log=log, history=history)
         save()
     return state.history
 
@@ -330,10 +316,12 @@ def evaluate(
     return values
 
 
-def predict(model: nn.Module, images: Tensor, unroll_steps: int | None = None, jacobian_probes: int = 0) -> Prediction:
-    """The model's prediction; explicit models know nothing of unrolling."""
+def predict(
+    model: nn.Module, images: Tensor, unroll_steps: int | None = None, probes: int = 0, softplus: float | None = None
+) -> Prediction:
+    """The model's prediction, as `Network` explains; explicit models know nothing of unrolling."""
     if isinstance(model, Network):
-        return model(images, unroll_steps=unroll_steps, jacobian_probes=jacobian_probes)
+        return model(images, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=probes)
     return model(images)
 
 
@@ -385,7 +373,8 @@ def _update(
         if isinstance(model, Network):
             model.backbone.on_backward = adjoint.append
         with _autocast(images.device, recipe.precision):
-            prediction = _training_prediction(model, images, warm_up, probes)
+            layers, softplus = (warm_up.layers, warm_up.softplus) if warm_up else (None, None)
+            prediction = predict(model, images, layers, probes, softplus)
             loss = task.loss(prediction.logits, targets)
         objective = share[0] * loss
         own = {"loss/train": objective.detach()}
@@ -403,6 +392,10 @@ def _update(
     _check_finite(values["loss/train"], [] if scaler.is_enabled() else list(model.parameters()), seen)
     scaler.step(optimizer)  # skipped, where the scale was too large for float16
     scaler.update()
+    if scaler.is_enabled():
+        values["loss/scale"] = scaler.get_scale()
+        if values["loss/scale"] < SMALLEST_SCALE:
+            raise _NotFinite("the gradient is not finite at any scale of the loss", [])
     values["lr"] = optimizer.param_groups[0]["lr"]
     values["time/images_per_second"] = sum(n for *_, n in pieces) * processes.count() / (time.perf_counter() - start)
     return values
@@ -420,17 +413,6 @@ def _shares(pieces: Sequence[Piece], task: Task) -> Tensor:
     total = shares.sum(0)
     processes.add_up([total])
     return shares / total.clamp(min=torch.finfo(total.dtype).tiny)
-
-
-def _training_prediction(model: nn.Module, images: Tensor, warm_up: WarmUp | None, probes: int) -> Prediction:
-    if not isinstance(model, Network):
-        return model(images)
-    return model(
-        images,
-        unroll_steps=warm_up.layers if warm_up else None,
-        softplus=warm_up.softplus if warm_up else None,
-        jacobian_probes=probes,
-    )
 
 
 def _solver_figures(prediction: Prediction, adjoint: list[Solution]) -> dict[str, Tensor | float]:
@@ -470,37 +452,23 @@ def _validate(
     model: nn.Module, task: Task, recipe: Recipe, state: _State, device: str, workers: int, observer: Observer
 ) -> Row:
     """Validation at the equilibrium; during the warm-up unrolled as well, under names that end in _unrolled."""
-
-    def run(unroll_steps: int | None) -> Row:
-        return evaluate(
-            model,
-            task.validation,
-            task.metric(),
-            batch=task.validation_batch or max(1, recipe.batch // (processes.count() * recipe.accumulate)),
-            device=device,
-            workers=workers,
-            precision=recipe.precision,
-            unroll_steps=unroll_steps,
-            on_batch=observer.validating,
-        )
-
-    row = run(None)
+    batch = task.validation_batch or max(1, recipe.batch // (processes.count() * recipe.accumulate))
+    judge = partial(evaluate, batch=batch, device=device, workers=workers, precision=recipe.precision)
+    run = partial(judge, model, task.validation, on_batch=observer.validating)
+    row = run(task.metric())
     if recipe.warm_up and state.step <= recipe.warm_up.steps:
-        row |= {f"{name}_unrolled": value for name, value in run(recipe.warm_up.layers).items()}
+        unrolled = run(task.metric(), unroll_steps=recipe.warm_up.layers)
+        row |= {f"{name}_unrolled": value for name, value in unrolled.items()}
     return row
 
 
 def make_optimizer(model: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimizer:
     """The optimiser that the settings describe, over all of the model's parameters."""
+    decay = settings.weight_decay
     if isinstance(settings, Adam):
-        return torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(),
-        settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-    )
+        return torch.optim.Adam(model.parameters(), settings.lr, weight_decay=decay)
+    momentum, nesterov = settings.momentum, settings.nesterov
+    return torch.optim.SGD(model.parameters(), settings.lr, momentum, weight_decay=decay, nesterov=nesterov)
 
 
 class _NotFinite(Exception):
@@ -530,7 +498,7 @@ def _explained(task: Task, recipe: Recipe, seed: int, state: _State, bounds: lis
     except (_NotFinite, MemoryError, RuntimeError) as error:
         if isinstance(error, _NotFinite):
             what, cure = str(error), "lower optimizer.lr or lengthen warm_up.steps"
-        elif isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        elif processes.out_of_memory(error):
             what, cure = "the memory does not suffice", "lower batch"
         else:
             raise
@@ -543,15 +511,3 @@ def _explained(task: Task, recipe: Recipe, seed: int, state: _State, bounds: lis
             f"{what} at step {state.step} (epoch {state.epoch + 1}, {'of' if blamed else 'in a batch with'} {names}); "
             f"no weight has changed since the step before; {cure}"
         ) from error
-
-
-class _Clock:
-    """Seconds since the last lap."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def lap(self) -> float:
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        return seconds

@@ -188,7 +188,14 @@ def test_an_error_of_a_loader_process_and_a_full_disk_are_one_line(workspace: Pa
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
-    for run, message in ((load, "a.png: changed\n"), (write, "No space left on device; mend that and run again")):
+    def exhaust(*_: object) -> None:
+        raise MemoryError
+
+    for run, message in (
+        (load, "a.png: changed\n"),
+        (write, "No space left on device; mend that and run again"),
+        (exhaust, "the memory does not suffice (out of memory); lower `batch` and run again\n"),
+    ):
         fake_stage.run = run  # type: ignore[attr-defined]
         result = invoke("classify mdeq-small --device cpu")
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr

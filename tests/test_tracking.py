@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +59,6 @@ def empty_store(two_at_once: tuple[Path, object]) -> Path:
 def machine(empty_store: Path, workspace: Path) -> Machine:
     shutil.copy(empty_store, workspace)
     return Machine(workspace, tracking_uri=f"sqlite:///{workspace / 'mlflow.db'}")
-
-
-@pytest.fixture(autouse=True)
-def no_system_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The monitor's thread outlives a short run by seconds; one test puts it back."""
-    monkeypatch.setattr(MlflowTracker, "_start_monitor", lambda self, resumed: None)
-    yield
 
 
 def stored(machine: Machine, run_id: str | None) -> Run:
@@ -206,7 +198,6 @@ def test_a_run_that_the_store_lost_is_begun_anew(machine: Machine, capsys: pytes
     record.write_text("0" * 32)
     with tracking.start("classify", "x", None, machine, record) as tracker:
         tracker.metrics({"loss/train": 1.0}, 0)
-    assert tracker.run_id not in (None, "0" * 32) and record.read_text() == tracker.run_id
     assert capsys.readouterr().err == ""
     assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0)]
 
@@ -230,7 +221,7 @@ def test_a_store_out_of_reach_is_told_once_and_stops_nothing(
         tracker.tag("a", "b")
         tracker.flush()
     said = capsys.readouterr().err
-    assert tracker.run_id is None and said.count("tracking: ") == said.count("\n") == 1
+    assert tracker.run_id and said.count("tracking: ") == said.count("\n") == 1
     assert "pipeline sync` hands over what the store lacks" in said and "secret" not in said
 
 
@@ -280,13 +271,15 @@ def test_tracking_can_be_switched_off_and_is_off_in_helper_processes(
         tracker.metrics({"loss/train": 1.0}, 0)
 
 
-def test_system_metrics_are_recorded(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    with tracking.start("classify", "x", None, machine) as tracker:
-        time.sleep(1.0)
-    names = stored(machine, tracker.run_id).data.metrics
-    assert any(name.startswith("system/cpu") for name in names)
+def test_the_machines_load_is_recorded_and_goes_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    counts = [0]
+    while len(counts) < 3:
+        with tracking.start("classify", "x", None, machine, machine.root / "run") as tracker:
+            time.sleep(0.3)
+        steps = [step for step, _ in history(machine, tracker.run_id, "system/cpu_utilization_percentage")]
+        assert steps == list(range(len(steps))) and len(steps) > counts[-1]
+        counts.append(len(steps))
 
 
 def test_the_store_lies_in_the_main_checkout_during_queued_experiments(

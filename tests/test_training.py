@@ -153,6 +153,16 @@ def test_half_precision_learns_and_goes_on_exactly_with_its_loss_scale(tmp_path)
         assert history[-1]["eval/top1"] > 90, precision
 
 
+def test_a_gradient_that_no_scale_of_the_loss_makes_finite_is_told(tmp_path):
+    model, before = network(), network().state_dict()
+    broken = replace(task(), loss=lambda logits, targets: _Poison.apply(classification_loss(logits, targets)))
+    recipe = replace(RECIPE, precision="float16", epochs=20, jacobian=None)
+    store = Store(RunState(tmp_path, {}, "s"))
+    with pytest.raises(TrainingError, match=r"not finite at any scale of the loss at step 40 \(epoch 9, in a batch"):
+        train(model, broken, recipe, seed=3, device="cpu", workers=0, store=store, observer=Watcher())
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
 def test_workers_change_nothing(tmp_path):
     alone, _ = run(Store(RunState(tmp_path / "a", {}, "s")), Watcher())
     helped, _ = run(Store(RunState(tmp_path / "b", {}, "s")), Watcher(), workers=2)
@@ -233,6 +243,10 @@ class _Poison(torch.autograd.Function):
         return gradients[0] * math.inf
 
 
+def out_of_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA: tried to allocate 20.00 GiB")
+
+
 class Spoiled(Stripes):
     """One sample is not finite."""
 
@@ -256,9 +270,10 @@ class Spoiled(Stripes):
             lambda loss: loss + torch.empty(2**50).sum(),
             "the memory does not suffice at step 7 .*; lower batch",
         ),
+        (Stripes(40), lambda loss: out_of_gpu_memory(), "the memory does not suffice at step 7 .*; lower batch"),
         (Spoiled(40), lambda loss: loss, r"the loss is nan at step \d \(epoch 1, of stripes 13\); no weight"),
     ],
-    ids=["loss", "gradient", "memory", "sample"],
+    ids=["loss", "gradient", "memory", "gpu memory", "sample"],
 )
 def test_what_cannot_go_on_is_explained_and_spoils_no_weight(tmp_path, data, spoil, message):
     """The run then goes on from its last checkpoint to the very weights, once the cause is gone."""

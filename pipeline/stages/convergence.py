@@ -99,7 +99,8 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
         record = values | facts | trained.facts | {"run": tracker.run_id or ""}
         (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         tracker.metrics(values, step=0)
-        _log_curves(table, tracker)
+        for evaluation, row in tracking.curves(table):
+            tracker.metrics(row, step=evaluation)
 
 
 def measure(backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, device: str, label: str) -> pd.DataFrame:
@@ -159,14 +160,6 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
             if len(reached):
                 values[f"{solver}/evaluations_to_{level:g}"] = float(reached[0])
     return {name: value for name, value in values.items() if np.isfinite(value)}
-
-
-def _log_curves(table: pd.DataFrame, tracker: tracking.Tracker) -> None:
-    for solver, own in table.groupby("solver", sort=False):
-        curves: Any = own.groupby("evaluation")[["change", "residual"]].mean()
-        for evaluation, row in curves.iterrows():
-            values = {f"solver/{solver}_{name}": value for name, value in row.items() if np.isfinite(value)}
-            tracker.metrics(values, step=evaluation)
 
 
 def _random_batches(split: BatchDataset, count: int, batch: int, seed: int) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ nothing changed, a run lists the files, compares, and puts the very same outputs
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -62,6 +63,14 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
     Raises:
         DataError: The data are missing or not as they must be; one line that names the file.
     """
+    lock = machine.root / "work" / f"prepare-{name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # the workers of DVC's queue share one root
+        _run(name, params, machine)
+
+
+def _run(name: str, params: PrepareParams, machine: Machine) -> None:
     form = FORMATS[name]
     root = data_root(name, params.source, machine)
     match params.source:
@@ -87,6 +96,7 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
         form.check(root, rows)
         summary = _keep(kept, seen, rows, name, params.source, root)
         _put_back(kept, target)
+        tracker.tag("mark", checksum((target / "summary.json").read_bytes()))  # as sync reckons it
         tracker.dataset(name, summary["manifest"], params.source)
         for output in OUTPUTS:
             tracker.artifact(target / output)
