@@ -46,8 +46,8 @@ class Trained:
     def announce(self, dataset: str, tracker: Tracker) -> None:
         """Tell a run what it builds on."""
         tracker.dataset(dataset, str(self.facts["data/digest"]), str(self.facts["data/source"]), "evaluation")
-        if self.facts["builds_on"]:
-            tracker.tag("builds_on", str(self.facts["builds_on"]))
+        if made_by := self.facts.get("builds_on"):
+            tracker.tag("builds_on", str(made_by))
 
     def picture(self, image: Tensor) -> np.ndarray:
         """The photo (H, W, 3) in 0..1 that the normalised ``image`` (3, H, W) was made from."""

@@ -212,6 +212,10 @@ def test_however_it_is_stopped_it_ends_with_the_very_same(stages: Stages) -> Non
     assert not list(work.glob("*/*.pt"))
     assert stages.train(hit=("before the rename", 4, kill))[0] == -kill
     assert len(list(work.glob("*/*.pt"))) == len(list(work.glob("*/*.partial"))) == 1
+    code, said = stages.train(hit=("after an update", 1, "loader"), MDEQ_WORKERS="1")
+    assert code == 2 and "DataLoader worker" in said and "; lower MDEQ_WORKERS" in said and "Traceback" not in said, (
+        said
+    )
     assert stages.train(hit=("before the metrics are sent", 3, kill))[0] == -kill  # the first is at the start
 
     code, said = stages.train(hit=("after an update", 1, kill), settings=[("torch", "__version__", "9.9")])
@@ -223,10 +227,6 @@ def test_however_it_is_stopped_it_ends_with_the_very_same(stages: Stages) -> Non
     code, said = stages.train(hit=("after an update", 3, interrupt))
     assert code == 130 and "Traceback" not in said and "interrupted; the same command goes on" in said, said
     assert stages.train(hit=("in validation", 3, kill))[0] == -kill
-    code, said = stages.train(hit=("after an update", 1, "loader"), MDEQ_WORKERS="1")
-    assert code == 2 and "DataLoader worker" in said and "; lower MDEQ_WORKERS" in said and "Traceback" not in said, (
-        said
-    )
     code, said = stages.train()
     assert code == 0, said
 
