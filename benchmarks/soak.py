@@ -39,7 +39,7 @@ FOLDER = ROOT / "work" / "soak"
 MODEL = "mdeq-small"
 TRAINED = {"classify": "cifar10", "pretrain": "imagenet", "finetune": "cityscapes"}
 BEFORE = [("prepare", name) for name in TRAINED.values()]
-AFTER = [("evaluate", name, MODEL) for name in TRAINED.values()] + [("convergence", "cifar10"), ("report",)]
+AFTER = [("evaluate", name, MODEL) for name in TRAINED.values()] + [("convergence", "cifar10"), ("report",), ("sync",)]
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -74,7 +74,8 @@ def main() -> None:
     shutil.copy(options.params, FOLDER / "params.yaml")
     sys.path.insert(0, str(ROOT))
     draw, until, wrong = random.Random(options.seed), time.monotonic() + 60 * options.minutes, []
-    first: dict[str, tuple[Leg, object]] = {}
+    first: dict[str, object] = {}
+    legs: dict[str, Leg] = {}
     number = 0
     print("round,stage,seconds,kills,cpu_s,mb_early,mb_late,files_early,files_late", flush=True)
     while time.monotonic() < until or number < 2:
@@ -82,7 +83,7 @@ def main() -> None:
             whole(command)
         for stage in TRAINED:
             began, kills, longest = time.monotonic(), 0, Leg()
-            whole_leg = first[stage][0] if number else Leg()
+            whole_leg = legs.get(stage, Leg())
             while True:
                 reach = whole_leg.start + 2 * (whole_leg.cpu - whole_leg.start) / options.kills
                 limit = draw.uniform(0, reach) if number and kills < options.kills else None
@@ -97,16 +98,17 @@ def main() -> None:
             seconds = time.monotonic() - began
             legs = f"{longest.cpu:.0f},{mb:.0f},{mb_late:.0f},{files:.0f},{files_late:.0f}"
             print(f"{number},{stage},{seconds:.0f},{kills},{legs}", flush=True)
-            outcome = weights(stage), history(stage, number + 1)
-            undisturbed, expected = first.setdefault(stage, (longest, outcome))
-            if outcome != expected:
-                wrong.append(f"round {number}, {stage}: other weights or another history than undisturbed")
+            undisturbed = legs.setdefault(stage, longest)
             if number:  # many legs are too short to compare with themselves
                 mb, files = undisturbed.early_and_late()[1]
             if mb_late > 1.05 * mb + 10 or files_late > files + 4:
                 wrong.append(f"round {number}, {stage}: it grows")
         for command in AFTER:
             whole(command)
+        for stage in TRAINED:
+            outcome = weights(stage), history(stage, number + 1)
+            if outcome != first.setdefault(stage, outcome):
+                wrong.append(f"round {number}, {stage}: other weights or another history than undisturbed")
         shutil.rmtree(FOLDER / "results")
         number += 1
     sys.exit("\n".join(wrong) or 0)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -181,8 +182,12 @@ def test_an_error_of_a_loader_process_and_a_full_disk_are_one_line(workspace: Pa
         def __getitem__(self, index: int) -> None:
             raise DataError("a.png: changed")
 
-    def load(*_: object) -> None:
-        list(DataLoader(Broken(), batch_size=None, num_workers=1))  # type: ignore[arg-type]
+    class Killed(Broken):
+        def __getitem__(self, index: int) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def load(dataset: Broken, *_: object) -> None:
+        list(DataLoader(dataset, batch_size=None, num_workers=1))  # type: ignore[arg-type]
 
     def write(*_: object) -> None:
         with Path("/dev/full").open("w") as file:
@@ -192,7 +197,8 @@ def test_an_error_of_a_loader_process_and_a_full_disk_are_one_line(workspace: Pa
         raise MemoryError
 
     for run, message in (
-        (load, "a.png: changed\n"),
+        (partial(load, Broken()), "a.png: changed\n"),
+        (partial(load, Killed()), "; lower MDEQ_WORKERS, or give it memory"),
         (write, "No space left on device; mend that and run again"),
         (exhaust, "the memory does not suffice (out of memory); lower `batch` and run again\n"),
     ):
