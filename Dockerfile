@@ -38,7 +38,7 @@ RUN chmod -R a+rwX /app
 
 # Any user will do; whoever it is has a home and a name
 USER 1000
-ENV HOME=/tmp USER=mdeq PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV HOME=/tmp USER=mdeq DVC_SITE_CACHE_DIR=/tmp/dvc PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # As Ctrl-C: the stage saves its state, DVC frees its locks, and the same command goes on
 STOPSIGNAL SIGINT
 ENTRYPOINT ["dumb-init", "--"]
