@@ -22,17 +22,14 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import NoReturn
 
-import matplotlib.pyplot  # noqa: F401
-import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
-import torch._dynamo  # noqa: F401
+import torch
 
-from pipeline import cli, experiment, figures, progress, tracking, train_params  # noqa: F401
-from pipeline.stages import classify, convergence, evaluate, finetune, prepare, pretrain, report  # noqa: F401
+from pipeline import cli
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "work" / "soak"
@@ -41,6 +38,10 @@ TRAINED = {"classify": "cifar10", "pretrain": "imagenet", "finetune": "cityscape
 BEFORE = [("prepare", name) for name in TRAINED.values()]
 AFTER = [("evaluate", name, MODEL) for name in TRAINED.values()] + [("convergence", "cifar10"), ("report",), ("sync",)]
 TICK = os.sysconf("SC_CLK_TCK")
+SLOW = """matplotlib.pyplot mlflow.store.tracking.sqlalchemy_store mlflow.system_metrics.system_metrics_monitor
+torch._dynamo pipeline.progress pipeline.tracking pipeline.train_params pipeline.stages.classify
+pipeline.stages.convergence pipeline.stages.evaluate pipeline.stages.finetune pipeline.stages.pretrain
+pipeline.stages.prepare pipeline.stages.report"""
 
 
 @dataclass
@@ -73,6 +74,8 @@ def main() -> None:
     FOLDER.mkdir(parents=True)
     shutil.copy(options.params, FOLDER / "params.yaml")
     sys.path.insert(0, str(ROOT))
+    for module in SLOW.split():
+        import_module(module)
     draw, until, wrong = random.Random(options.seed), time.monotonic() + 60 * options.minutes, []
     first: dict[str, object] = {}
     legs: dict[str, Leg] = {}
@@ -96,8 +99,8 @@ def main() -> None:
                 kills += 1
             (mb, files), (mb_late, files_late) = longest.early_and_late()
             seconds = time.monotonic() - began
-            legs = f"{longest.cpu:.0f},{mb:.0f},{mb_late:.0f},{files:.0f},{files_late:.0f}"
-            print(f"{number},{stage},{seconds:.0f},{kills},{legs}", flush=True)
+            seen = f"{longest.cpu:.0f},{mb:.0f},{mb_late:.0f},{files:.0f},{files_late:.0f}"
+            print(f"{number},{stage},{seconds:.0f},{kills},{seen}", flush=True)
             undisturbed = legs.setdefault(stage, longest)
             if number:  # many legs are too short to compare with themselves
                 mb, files = undisturbed.early_and_late()[1]
