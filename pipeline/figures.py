@@ -37,32 +37,29 @@ _SCHEMES = (
     f"<style>:root {{ color: {INK}; background: #ffffff }} "
     "@media (prefers-color-scheme: dark) { :root { color: #e6e9ed; background: #171b21 } }</style>"
 )
-_SETTINGS: dict[str, Any] = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
+_INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+_SETTINGS: dict[str, Any] = dict.fromkeys(_INKED, INK) | {
     "axes.axisbelow": True,
     "axes.grid": True,
+    "axes.labelsize": 9.5,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 8,
-    "axes.labelsize": 9.5,
-    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "figure.titlesize": 10.5,
+    "figure.titleweight": "bold",
     "font.family": "sans-serif",
-    "grid.color": GREY,
+    "font.size": 9.5,
     "grid.alpha": 0.25,
+    "grid.color": GREY,
     "grid.linewidth": 0.6,
-    "legend.frameon": False,
     "legend.fontsize": 9,
+    "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
 }
@@ -287,9 +284,7 @@ def coloured(z: np.ndarray, base: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory: str) -> Figure:
-    """Figure 4b: bars of time and memory of a training step, relative to ``reference``; ``memory`` says of
-    what.
-    """
+    """Figure 4b: bars of time and memory of a training step, relative to ``reference``; ``memory`` says of what."""
     names = list(relative)
     place = np.arange(len(names))
     with _style():
@@ -311,9 +306,7 @@ def figure4b(relative: Mapping[str, Mapping[str, float]], reference: str, memory
 
 
 def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """The confusion matrix as shares of each true class; shares are printed where there are at most 20
-    classes.
-    """
+    """The confusion matrix as shares of each true class, printed where there are at most 20 classes."""
     truth = counts.sum(1, keepdims=True)
     share = np.where(truth > 0, counts / np.maximum(truth, 1), np.nan)
     few = len(names) <= 20
@@ -321,20 +314,17 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
     with _style({"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(side + 0.7, side), layout="constrained")
         axes = figure.subplots()
-        colours = _BLUES.with_extremes(bad="#e9eaec")
-        image = axes.imshow(share, cmap=colours, vmin=0, vmax=1)
+        image = axes.imshow(share, cmap=_BLUES.with_extremes(bad="#e9eaec"), vmin=0, vmax=1, interpolation="none")
         if few:
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(len(names)), names)
             for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
-                value = share[row, column]
-                ink = "white" if value > 0.45 else DARK
-                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+                ink, words = "white" if share[row, column] > 0.45 else DARK, f"{100 * share[row, column]:.0f}"
+                axes.text(column, row, words, ha="center", va="center", fontsize=7, color=ink)
         axes.tick_params(length=0)
         axes.set(xlabel="predicted", ylabel="true", title=title)
         bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, format=PercentFormatter(1.0))
         bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0)
         bar.set_label("share of the true class")
         if np.isnan(share).any():
             figure.text(0.99, 0.005, "grey rows: not among the labels", ha="right", va="bottom", fontsize=7.5)
@@ -349,7 +339,7 @@ def classified(
     rows = -(-len(images) // columns)
     with _style({"axes.grid": False, "axes.titlesize": 8.5}):
         figure = Figure(figsize=(1.75 * columns, 2.55 * rows + 0.4), layout="constrained")
-        figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(title, x=0.01, ha="left")
         grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.75, 0.8] * rows)
         for axes in grid.flat:
             axes.set_axis_off()
@@ -374,64 +364,54 @@ def segmented(
 
     ``colours`` (classes, 3) uint8; label 255 is drawn black in the truth and left out of the errors.
     """
-    height, width = truths[0].shape
-    scene = 2.6
-    rows = len(images)
-    present = [int(label) for label in np.unique(np.stack([*truths, *predictions])) if label != 255]
-    legend_rows = -(-len(present) // 8)
-    with _style({"axes.grid": False}):
-        size = (4 * scene, rows * (scene * height / width + 0.06) + 0.6 + 0.22 * legend_rows)
-        figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
-        grid = figure.subplots(rows, 4, squeeze=False)
-        for row, (image, truth, guess) in enumerate(zip(images, truths, predictions, strict=True)):
-            void = truth == 255
-            palette = _palette(colours)
-            grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2) * 0.55 + 0.35
-            errors = grey.copy()
-            errors[(truth != guess) & ~void] = np.array([0.86, 0.20, 0.24])
-            errors[void] = 0.08
-            for axes, picture in zip(grid[row], (image, palette[truth], palette[guess], errors), strict=True):
-                axes.imshow(picture, interpolation="nearest")
-                axes.set_axis_off()
-            right = 100 * (truth == guess)[~void].mean() if (~void).any() else float("nan")
-            grid[row][3].text(
-                0.98, 0.04, f"{right:.0f} % right", transform=grid[row][3].transAxes, ha="right", fontsize=8,
-                color="white", bbox={"facecolor": "#1b1f23", "alpha": 0.75, "edgecolor": "none", "pad": 2},
-            )  # fmt: skip
-        for axes, name in zip(grid[0], ("image", "truth", "prediction", "errors (red)"), strict=True):
-            axes.set_title(name, fontsize=9)
-        _legend(figure, present, names, colours)
+    rows, palette, right = [], _palette(colours), []
+    for image, truth, guess in zip(images, truths, predictions, strict=True):
+        void = truth == 255
+        errors = np.repeat(image.mean(2, keepdims=True), 3, axis=2) * 0.55 + 0.35
+        errors[(truth != guess) & ~void] = np.array([0.86, 0.20, 0.24])
+        errors[void] = 0.08
+        rows.append([image, palette[truth], palette[guess], errors])
+        right.append(100 * (truth == guess)[~void].mean() if (~void).any() else float("nan"))
+    figure, grid = _scenes(rows, [*truths, *predictions], names, colours, 2.6)
+    figure.suptitle(title, x=0.01, ha="left")
+    for axes, name in zip(grid[0], ("image", "truth", "prediction", "errors (red)"), strict=True):
+        axes.set_title(name, fontsize=9, fontweight="bold", loc="left")
+    box = {"facecolor": DARK, "alpha": 0.75, "edgecolor": "none", "pad": 2}
+    for (*_, axes), share in zip(grid, right, strict=True):
+        place = {"transform": axes.transAxes, "ha": "right", "fontsize": 8, "color": "white", "bbox": box}
+        axes.text(0.98, 0.04, f"{share:.0f} % right", **place)
     return figure
-
-
-def _palette(colours: np.ndarray) -> np.ndarray:
-    """Of all bytes the colour, black beyond the classes."""
-    return np.vstack([colours, np.zeros((256 - len(colours), 3), dtype=np.uint8)])
 
 
 def strip(
     frames: Sequence[np.ndarray], predictions: Sequence[np.ndarray], names: Sequence[str], colours: np.ndarray
 ) -> Figure:
     """Frames of a video (H, W, 3) from left to right, below them their predicted classes (H, W), as in Appendix C."""
-    height, width = predictions[0].shape
-    present = [int(label) for label in np.unique(np.stack(predictions))]
+    return _scenes([frames, [colours[labels] for labels in predictions]], predictions, names, colours, 3.2)[0]
+
+
+def _scenes(
+    rows: Sequence[Sequence[np.ndarray]], labels: Sequence[np.ndarray], names: Sequence[str], colours: np.ndarray,
+    side: float,
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """Pictures in rows, ``side`` inches wide, and the legend of the classes that occur in ``labels``; its axes."""
+    present = [int(label) for label in np.unique(np.stack(labels)) if label != 255]
+    height, width = labels[0].shape
+    size = side * len(rows[0]), len(rows) * (side * height / width + 0.1) + 0.4 + 0.22 * -(-len(present) // 8)
     with _style({"axes.grid": False}):
-        side = 3.2
-        size = (side * len(frames), 2 * side * height / width + 0.1 + 0.22 * -(-len(present) // 8))
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(2, len(frames), squeeze=False)
-        for axes, picture in zip(grid.flat, [*frames, *(colours[labels] for labels in predictions)], strict=True):
+        grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+        for axes, picture in zip(grid.flat, [picture for row in rows for picture in row], strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
-        _legend(figure, present, names, colours)
-    return figure
+        handles = [Patch(color=tuple(colours[label] / 255), label=names[label]) for label in present]
+        figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=7.5, handlelength=1.1)
+    return figure, grid
 
 
-def _legend(figure: Figure, present: Sequence[int], names: Sequence[str], colours: np.ndarray) -> None:
-    handles = [Patch(color=tuple(colours[label] / 255)) for label in present]
-    labels = [names[label] for label in present]
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=7.5, handlelength=1.1)
+def _palette(colours: np.ndarray) -> np.ndarray:
+    """Of all bytes the colour, black beyond the classes."""
+    return np.vstack([colours, np.zeros((256 - len(colours), 3), dtype=np.uint8)])
 
 
 def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[str]) -> None:

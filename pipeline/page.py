@@ -48,13 +48,6 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Names and values."""
-
-    values: dict[str, object]
-
-
-@dataclass(frozen=True)
 class Folded:
     """A part behind a line that opens it."""
 
@@ -62,7 +55,7 @@ class Folded:
     part: Part
 
 
-Part = str | Sheet | Drawn | Picture | Facts | Folded
+Part = str | Sheet | Drawn | Picture | Folded
 
 
 @dataclass(frozen=True)
@@ -93,16 +86,14 @@ p { margin: 6px 0 12px; max-width: 76ch; }
 a { color: var(--blue); text-decoration-thickness: 1px; text-underline-offset: 2px; }
 td a { color: inherit; text-decoration-color: var(--line); } td a:hover, tr:target { color: var(--blue); }
 tr:target { background: var(--tint); }
-.soft, figcaption, dt, th, .not-run td, .paper-only td { color: var(--soft); }
-.small, figcaption, dt, th, .where { font-size: 13.5px; line-height: 1.45; } .small { font-weight: 400; }
+.soft, figcaption, th, .not-run td, .paper-only td { color: var(--soft); }
+.small, figcaption, th, .where { font-size: 13.5px; line-height: 1.45; } .small { font-weight: 400; }
 nav { display: flex; flex-wrap: wrap; gap: 6px 16px; margin: 14px 0 24px; font-size: 14.5px; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px;
   padding: 24px; margin: 0 0 20px; }
 .notice { background: var(--amber-tint); border-left: 4px solid var(--amber); border-radius: 6px; padding: 12px 16px;
   margin: 0 0 20px; }
 .notice p { margin: 0; max-width: none; } .notice p + p { margin-top: 6px; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px 20px; margin: 8px 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; vertical-align: bottom; }
@@ -178,10 +169,7 @@ def _part(part: Part) -> str:
         return _figure(inline_svg(part.figure, part.name), part.caption, part.width)
     if isinstance(part, Picture):
         return _figure(_image(part.path, part.caption), part.caption, 1080)
-    if isinstance(part, Folded):
-        return f"<details><summary>{inline(part.title)}</summary>{_part(part.part)}</details>"
-    cells = (f"<div><dt>{inline(name)}</dt><dd>{inline(str(value))}</dd></div>" for name, value in part.values.items())
-    return f"<dl>{''.join(cells)}</dl>"
+    return f"<details><summary>{inline(part.title)}</summary>{_part(part.part)}</details>"
 
 
 def _table(sheet: Sheet) -> str:
@@ -242,8 +230,8 @@ def markdown(title: str, notice: Sequence[str], sections: Sequence[Section]) -> 
             elif isinstance(part, Drawn):
                 yield from (f"![{part.name}](figures/{part.name}.svg)", "", _plain(part.caption), "")
             elif isinstance(part, Sheet):
-                rules = ("---:" if column in part.numbers else "---" for column in range(len(part.headings)))
-                yield from ("| " + " | ".join(part.headings) + " |", f"|{'|'.join(rules)}|")
+                yield "| " + " | ".join(part.headings) + " |"
+                yield "|" + "".join("---:|" if i in part.numbers else "---|" for i in range(len(part.headings)))
                 for row in part.rows:
                     *cells, last = map(_plain, row.cells)
                     yield "| " + " | ".join([*cells, f"{row.tag}: {last}" if row.tag else last]) + " |"

@@ -7,20 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from pipeline import figures
+from pipeline import figures, paper
 from pipeline.figures import Drawn, Panel, by_seed
 from pipeline.page import Facts, Folded, Part, Picture, Row, Section, Sheet
-from pipeline.paper import (
-    ABLATED,
-    FIGURE_4A,
-    FIGURE_4B,
-    FIGURE_4B_RELATIVE,
-    FIGURE_5,
-    FIGURE_5_SCALES,
-    FIGURE_5_TRAINING,
-    TABLES,
-    Table,
-)
 from pipeline.results import (
     NAMES,
     TRAINED_BY,
@@ -53,7 +42,7 @@ def sections(results: Results, tables: dict[int, list[Line]], facts: dict[str, s
     pictures = [Picture(path, OVERVIEW) for path in overviews if path.is_file()]
     return [
         *([Section("model", "The model", "From an image to its equilibrium", pictures[:1])] if pictures else []),
-        *(_table(table, tables[table.number]) for table in TABLES),
+        *(_table(table, tables[table.number]) for table in paper.TABLES),
         _training(results),
         _benchmark(results),
         _convergence(results, pictures[1:]),
@@ -75,7 +64,7 @@ def _not_run(what: str, command: str) -> str:
     return f"not run: {what} (`{command}`)"
 
 
-def _table(table: Table, lines: Sequence[Line]) -> Section:
+def _table(table: paper.Table, lines: Sequence[Line]) -> Section:
     backbone = any(line.row.backbone for line in lines)
     headings = ["system", *(["backbone"] if backbone else []), "size"]
     for heading, _ in table.measures:
@@ -90,8 +79,8 @@ def _table(table: Table, lines: Sequence[Line]) -> Section:
         size = line.row.size or line.size or "–"
         size += f"\nours {line.size}" if line.size not in ("", size) else ""
         cells = [line.row.system + "\nimplicit" * line.row.implicit, *([line.row.backbone] if backbone else []), size]
-        for paper, ours in zip(line.paper, line.ours, strict=True):
-            cells += [paper or "–", _ours(line, ours)]
+        for theirs, ours in zip(line.paper, line.ours, strict=True):
+            cells += [theirs or "–", _ours(line, ours)]
         rows.append(Row([*cells, _where(line)], _tag(line)))
     sheet = Sheet([*headings, "where ours ran"], rows, range(2 + backbone, len(headings)))
     title, lead = f"Table {table.number}: {table.title}", f"{table.section}; {table.note}."
@@ -116,11 +105,11 @@ def _where(line: Line) -> str:
 
 def _training(results: Results) -> Section:
     curves = {model: table for (stage, model), table in results.history.items() if stage == "classify"}
-    varied = {line.row.system for found in ablations(results).values() for line in found} - {ABLATED}
+    varied = {line.row.system for found in ablations(results).values() for line in found} - {paper.ABLATED}
     parts: list[Part] = []
     if own := {model: table for model, table in curves.items() if model not in varied}:
         data = data_statement(results, "cifar10", {})[0]
-        caption = f"{FIGURE_4A}. Ours, on {data}; lines are means over the seeds, bands one standard deviation."
+        caption = f"{paper.FIGURE_4A}. Ours, on {data}; lines are means over the seeds, bands one standard deviation."
         parts.append(Drawn("figure4a", _accuracy(own), caption))
     for (stage, model), table in results.history.items():
         caption = f"{stage}/{model}: training loss and validation by epoch."
@@ -137,14 +126,16 @@ def _accuracy(histories: dict[str, pd.DataFrame]) -> figures.Figure:
 
 def _benchmark(results: Results) -> Section:
     title = "Time and memory of a training step (Figure 4b)"
-    stated: Part = Folded("What Sec. 4.4 states of its figure", Facts({s.what: f"{s.value:g}" for s in FIGURE_4B}))
+    stated: Part = Folded(
+        "What Sec. 4.4 states of its figure", Facts({s.what: f"{s.value:g}" for s in paper.FIGURE_4B})
+    )
     runtime = results.runtime
     if runtime is None:
         missing = _not_run("no results/benchmark/runtime.json", "python -m pipeline benchmark")
         return Section("figure4b", "Time and memory", title, [missing, stated])
     rows = []
     for name, entry in runtime["models"].items():
-        paper, parameters = FIGURE_4B_RELATIVE.get(name, {}), entry.get("parameters")
+        theirs, parameters = paper.FIGURE_4B_RELATIVE.get(name, {}), entry.get("parameters")
         cells = [
             name,
             f"{parameters:,}" if parameters else "–",
@@ -153,7 +144,7 @@ def _benchmark(results: Results) -> Section:
         ]
         for measure in ("time", "memory"):
             ours = linked(f"{entry['relative'][measure]:.2f}", runtime)
-            cells += [paper.get(measure, "–"), f"**{ours}**"]
+            cells += [theirs.get(measure, "–"), f"**{ours}**"]
         rows.append(Row(cells))
     headings = ["model", "parameters", "a step", "memory", "paper: time", "ours: time", "paper: memory", "ours: memory"]
     relative = {name: entry["relative"] for name, entry in runtime["models"].items()}
@@ -197,7 +188,7 @@ def _convergence(results: Results, pictures: Sequence[Picture]) -> Section:
 def _figure5(results: Results) -> Iterator[Drawn]:
     data = "; ".join(f"{NAMES[name]}: {data_statement(results, name, {})[0]}" for name in results.traces)
     if traces := {NAMES[name]: trace for name, trace in results.traces.items()}:
-        yield Drawn("figure5", figures.figure5(traces), f"{FIGURE_5}. With it the residual. Ours: {data}.", 1000)
+        yield Drawn("figure5", figures.figure5(traces), f"{paper.FIGURE_5}. With it the residual. Ours: {data}.", 1000)
     panels = []
     for name, trace in traces.items():
         columns = [column for column in trace if str(column).startswith("residual_")]
@@ -206,7 +197,7 @@ def _figure5(results: Results) -> Iterator[Drawn]:
         panels += [Panel(name, "" if panels else "|f(z)_i - z_i| / |f(z)_i|", scales)] if scales else []
     if panels:
         figure = figures.lines(panels, "evaluations of f", log=True)
-        yield Drawn("figure5-scales", figure, f"{FIGURE_5_SCALES}. Ours: {data}.", 1000)
+        yield Drawn("figure5-scales", figure, f"{paper.FIGURE_5_SCALES}. Ours: {data}.", 1000)
     panels = []
     for dataset, found in results.convergence.items():
         history = results.history.get((TRAINED_BY[dataset], str(found.get("model"))), pd.DataFrame())
@@ -215,7 +206,7 @@ def _figure5(results: Results) -> Iterator[Drawn]:
         panels += [Panel(f"{found['model']}, {NAMES[dataset]}", label, after, "evaluations")] if after else []
     if panels:
         yield Drawn(
-            "figure5-training", figures.lines(panels, "epoch", log=True), f"{FIGURE_5_TRAINING}, by epoch.", 1000
+            "figure5-training", figures.lines(panels, "epoch", log=True), f"{paper.FIGURE_5_TRAINING}, by epoch.", 1000
         )
 
 
@@ -261,7 +252,7 @@ def _ablations(results: Results) -> Section:
             cell = "–" if residual is None else linked(f"{residual:.2g}", found)
             rows.append(Row([line.row.system, _ours(line, line.ours[0]), cell, _where(line)], _tag(line)))
         parts.append(Sheet(["model", "accuracy,\u00a0%", "residual, mean", "where it ran"], rows, [1, 2]))
-    lead = f"What the paper argues in words: each model differs from {ABLATED} in one setting."
+    lead = f"What the paper argues in words: each model differs from {paper.ABLATED} in one setting."
     parts = parts or [_not_run("no ablation was trained", "make repro-all")]
     return Section("ablations", "Ablations", "Ablations", parts, lead)
 

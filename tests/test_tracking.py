@@ -110,6 +110,9 @@ def test_the_stages_of_an_experiment_lie_below_one_run(machine: Machine, monkeyp
             if error:
                 raise error
         assert stored(machine, parents[-1]).info.status == ("FAILED" if error else "FINISHED")
+    with tracking.start("report", None, None, machine) as tracker:
+        tracker.metrics({"cifar10/x": 50.0}, 0)
+    assert tracker.run_id == parents[0] and stored(machine, parents[0]).data.metrics == {"cifar10/x": 50.0}
     assert parents[0] == parents[1] and stored(machine, parents[0]).info.run_name == "pipeline wide-kiss"
     monkeypatch.setenv("DVC_EXP_NAME", "tall-moss")
     with tracking.start("classify", "x", None, machine) as tracker:
@@ -269,6 +272,16 @@ def test_tracking_can_be_switched_off_and_is_off_in_helper_processes(
     assert isinstance(tracking.start("classify", "x", None, machine), NullTracker)
     with NullTracker() as tracker:
         tracker.metrics({"loss/train": 1.0}, 0)
+
+
+def test_the_runs_page_opens_on_the_columns_that_matter(machine: Machine) -> None:
+    """The tags by which MLflow 3.15 and later keep a saved view."""
+    client, experiment = tracking.open_store(machine)
+    tags = client.get_experiment(experiment).tags
+    view = json.loads(tags["mlflow.sharedViewState.results"])
+    assert view["name"] == "results" and isinstance(view["createdAt"], int)
+    assert "metrics.`eval/top1`" in json.loads(view["state"])["selectedColumns"]
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_the_machines_load_is_recorded_and_goes_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def run(machine: Machine) -> None:
             tracker.artifact(drawn, "figures")
         found = {f"{dataset}/{model}": facts for (dataset, model), facts in results.evaluation.items()}
         headline = {name: facts.get("eval/top1", facts.get("eval/miou")) for name, facts in found.items()}
-        tracker.metrics(tracking.finite(headline), step=0)
+        tracker.metrics({name: round(value, 2) for name, value in tracking.finite(headline).items()}, step=0)
 
 
 def _notice(results: Results, every: list[Line]) -> list[str]:
