@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ OFFICIAL = {
 """Images of the sets that the paper's numbers are about."""
 
 Measured = dict[str, Any]
+_counts = partial(pd.read_csv, index_col=0)
 
 
 @dataclass
@@ -88,7 +90,7 @@ def read(root: Path) -> Results:
             dataset, _, model = folder.name.partition("-")
             if dataset == table.dataset:
                 found.evaluation |= _entry(found, (dataset, model), folder / "metrics.json", _json)
-                found.confusion |= _entry(found, (dataset, model), folder / "confusion.csv", _confusion)
+                found.confusion |= _entry(found, (dataset, model), folder / "confusion.csv", _counts)
     found.runtime = _entry(found, "runtime", root / "benchmark" / "runtime.json", _runtime).get("runtime")
     return found
 
@@ -242,7 +244,3 @@ def _trace(path: Path) -> pd.DataFrame:
     if missing := {"solver", "batch", "evaluation", "change", "residual"} - set(table):
         raise ValueError(f"no column {', '.join(sorted(missing))}")
     return table
-
-
-def _confusion(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, index_col=0)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline import figures, paper
 from pipeline.figures import Drawn, Panel, by_seed
-from pipeline.page import Facts, Folded, Part, Picture, Row, Section, Sheet
+from pipeline.page import Folded, Part, Picture, Row, Section, Sheet
 from pipeline.results import (
     NAMES,
     TRAINED_BY,
@@ -62,6 +62,10 @@ def linked(words: str, facts: Measured) -> str:
 
 def _not_run(what: str, command: str) -> str:
     return f"not run: {what} (`{command}`)"
+
+
+def _facts(title: str, values: dict[str, str]) -> Folded:
+    return Folded(title, Sheet(["", ""], [Row(pair) for pair in values.items()], []))
 
 
 def _table(table: paper.Table, lines: Sequence[Line]) -> Section:
@@ -126,9 +130,7 @@ def _accuracy(histories: dict[str, pd.DataFrame]) -> figures.Figure:
 
 def _benchmark(results: Results) -> Section:
     title = "Time and memory of a training step (Figure 4b)"
-    stated: Part = Folded(
-        "What Sec. 4.4 states of its figure", Facts({s.what: f"{s.value:g}" for s in paper.FIGURE_4B})
-    )
+    stated = _facts("What Sec. 4.4 states of its figure", {s.what: f"{s.value:g}" for s in paper.FIGURE_4B})
     runtime = results.runtime
     if runtime is None:
         missing = _not_run("no results/benchmark/runtime.json", "python -m pipeline benchmark")
@@ -276,7 +278,7 @@ def _predictions(results: Results) -> Iterator[Part]:
         if dataset == "cityscapes":
             scores = {str(name): score for name, score in iou_by_class(confusion).items()}
             words = {name: "not labelled" if pd.isna(score) else f"{score:.1f} %" for name, score in scores.items()}
-            yield Folded("IoU of each class", Facts({**words}))
+            yield _facts("IoU of each class", words)
     if not results.evaluation:
         yield _not_run("no model was evaluated", "python -m pipeline evaluate cifar10 mdeq-small")
 
@@ -307,7 +309,7 @@ def _made(results: Results, facts: dict[str, str | int]) -> Section:
         rows.append(Row(cells, anchor=f"run-{run[:8]}" if run else ""))
     headings = ["stage", "device", "commit", "time", "run in MLflow (`make ui`)"]
     parts: list[Part] = [Sheet(headings, rows, [3])] if rows else []
-    machine = Folded("The machine and versions that made this page", Facts({**facts}))
+    machine = _facts("The machine and versions that made this page", {name: str(v) for name, v in facts.items()})
     lead = "The stages that measured something; a number of ours above leads to its run here."
     return Section("made", "How it was made", "How it was made", [*parts, machine], lead)
 
