@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,8 +117,25 @@ def _measure(network: nn.Module, test: Cifar10) -> dict[str, float]:
     return {"top1": values["eval/top1"], "residual": values["solver/relative_residual"]}
 
 
+def markdown(curves: Sequence[Path]) -> str:
+    """A table of where the runs ended, the best accuracy first."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in curves]
+    lines = [
+        "| model | gradient | Jacobian term | images seen | test accuracy, % | residual |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in sorted(runs, key=lambda run: -run["rows"][-1]["top1"]):
+        settings, last = run["settings"], run["rows"][-1]
+        model = settings.get("model", "mdeq-small")
+        solved = (settings["rule"], f"{settings['jacobian']:g}") if "residual" in last else ("", "")
+        residual = f"{last['residual']:.2g}" if "residual" in last else ""
+        lines.append(f"| {' | '.join((model, *solved))} | {last['images']:,} | {last['top1']:.1f} | {residual} |")
+    return "\n".join(lines)
+
+
 def draw(arguments: argparse.Namespace) -> None:
-    """Both figures against CPU time, a line a run."""
+    """Both figures against CPU time, a line a run; prints the table."""
+    print(markdown(arguments.curves))
     import matplotlib.pyplot as plt
 
     figure, (top, bottom) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
