@@ -343,12 +343,26 @@ def open_store(machine: Machine) -> tuple[MlflowClient, str]:
     local = uri.startswith("sqlite:///")
     name = machine.experiment
     with _alone(uri):
+        if local:
+            _create(Path(uri.removeprefix("sqlite:///")))
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return client, experiment.experiment_id
         where = (machine.root / "mlartifacts").as_uri() if local else None
         return client, client.create_experiment(name, artifact_location=where, tags=_experiment_tags())
+
+
+def _create(database: Path) -> None:
+    """Makes an sqlite store whole or not at all: MLflow goes through many steps, and refuses one left half-way."""
+    if database.exists():
+        return
+    from mlflow import MlflowClient
+
+    fresh = database.with_name(f"{database.name}.new")
+    fresh.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{fresh}").search_experiments()
+    fresh.replace(database)
 
 
 def _experiment_tags() -> dict[str, str]:

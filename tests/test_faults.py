@@ -365,7 +365,7 @@ def test_a_server_that_freezes_or_dies_amid_a_stage(stages: Stages, server: tupl
     code, said = stages.train(
         hit=("after an update", 3, [signal.SIGKILL, first, port]), settings=often, MLFLOW_TRACKING_URI=address
     )
-    assert code == 0 and said.count("tracking: ") == 1 and "Traceback" not in said, said
+    assert code == 0 and said.count("tracking: ") <= 1 and "Traceback" not in said, said  # it may be back in time
     assert stages.run("sync", MLFLOW_TRACKING_URI=address) == (0, "")
     new = [run for run in runs(store) if run.info.run_id not in known]
     whole = json.loads((stages.folder / "whole" / "metrics.json").read_text())["run"]
@@ -423,7 +423,8 @@ def test_dvc_is_terminated_with_its_stage_and_lets_no_second_one_in(stages: Stag
         second = subprocess.run(["dvc", "repro"], **group, **heard)
         os.killpg(process.pid, signal.SIGCONT)
         said, _ = process.communicate(timeout=300)
-    assert second.returncode and "is busy" in second.stdout and "Traceback" not in second.stdout, second.stdout
+    assert second.returncode and "Traceback" not in second.stdout, second.stdout
+    assert "is busy" in second.stdout or "Unable to acquire lock" in second.stdout
     assert process.returncode == 0, said
     assert same_weights(clone / out, stages.folder / "whole")
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ class Many(BaseModel):
 
 @pytest.fixture(scope="session")
 def two_at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A store made by two processes at once, and how they ended."""
+    """A store made by two processes at once, after one that was killed amid it; and how the two ended."""
     root = tmp_path_factory.mktemp("store")
     code = (
         "from pathlib import Path; from pipeline import tracking; from pipeline.machine import Machine; "
@@ -44,9 +45,24 @@ def two_at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tu
         "print(tracking.open_store(Machine(root, tracking_uri=f'sqlite:///{root}/mlflow.db'))[1])"
     )
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT) as killed:
+        while tables_in(root) < 30:
+            time.sleep(0.002)
+        killed.kill()
     both = [subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
     said = [process.communicate(timeout=240) for process in both]
     return root / "mlflow.db", [(process.returncode, *texts) for process, texts in zip(both, said, strict=True)]
+
+
+def tables_in(root: Path) -> int:
+    """How many tables a store that is being made has so far, whatever its file is called."""
+    for file in {*root.glob("mlflow.db*")} - {*root.glob("*.lock"), *root.glob("*-journal")}:
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db,
+        ):
+            return db.execute("select count(*) from sqlite_master where type = 'table'").fetchone()[0]
+    return 0
 
 
 @pytest.fixture
@@ -304,7 +320,7 @@ def test_the_store_lies_in_the_main_checkout_during_queued_experiments(
     assert Machine.from_environment("cpu").tracking_uri == "http://mlflow:5000"
 
 
-def test_two_stages_may_create_one_store_at_once(
+def test_two_stages_may_create_one_store_at_once_after_one_that_was_killed(
     two_at_once: tuple[Path, list[tuple[int, str, str]]],
 ) -> None:
     (first, second) = two_at_once[1]
