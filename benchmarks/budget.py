@@ -140,14 +140,15 @@ def draw(arguments: argparse.Namespace) -> None:
 
     figure, (top, bottom) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     rules, models = list(RULES), [*EQUILIBRIUM, *OTHERS]
-    for file in arguments.curves:
-        content = json.loads(file.read_text())
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.curves]
+    compared = len({run["settings"].get("model", "mdeq-small") for run in runs}) > 1
+    for content in runs:
         settings = content["settings"]
         model, rule, weight = settings.get("model", "mdeq-small"), settings["rule"], settings["jacobian"]
         style = {"color": f"C{rules.index(rule)}", "linestyle": "-" if weight else "--"}
         label = f"{rule}, Jacobian term {weight:g}" if weight else f"{rule}, no Jacobian term"
-        if model != "mdeq-small":
-            style, label = {"color": f"C{3 + models.index(model)}"}, model
+        if compared:
+            style, label = {"color": f"C{models.index(model)}"}, model
         minutes = [row["seconds"] / 60 for row in content["rows"]]
         top.plot(minutes, [row["top1"] for row in content["rows"]], label=label, **style)
         if "residual" in content["rows"][0]:

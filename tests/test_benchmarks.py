@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import memory, peers, setting, sweep, timing
+from benchmarks import budget, memory, peers, setting, sweep, timing
 from benchmarks.columns import Column, Probe, contestants, ours, probe
 from mdeq import Broyden, ClassificationHeadConfig, FixedPoint, Implicit, MDEQConfig
 from mdeq.solvers import Map
@@ -211,6 +211,10 @@ def test_the_docs_say_what_was_measured() -> None:
         assert round(seconds[peer] / ours_at_equal, 1) == equal
         assert round(seconds[peer] / seconds["ours, Broyden / Broyden"], 1) == same
         assert f"{equal} times" in readme and str(same) in readme
+    trained = [docs / "measured/rule-phantom-0.3.json", *sorted((docs / "measured").glob("model-*.json"))]
+    assert len(trained) == 4 and budget.markdown(trained) in page
+    rules = sorted((docs / "measured").glob("rule-*.json"))
+    assert len(rules) == 6 and budget.markdown(rules) in (docs / "equilibrium.md").read_text(encoding="utf-8")
     for model in ("mdeq-small", "imagenet-mdeq-small"):
         for row in json.loads((docs / f"measured/memory-{model}.json").read_text(encoding="utf-8"))["columns"]:
             assert f" {row['rise']:.0f} |" in page
