@@ -177,7 +177,7 @@ class MDEQ(nn.Module):
         return Equilibrium(scales.split(z), solution, estimate)
 
     def compile_f(self) -> None:
-        """Have f compiled where the solvers evaluate it: the first steps take a minute longer, all others less.
+        """Have f compiled where the solvers evaluate it; the first steps take a minute longer. Measure whether it pays.
 
         f on the tape stays as it is, and so do `state_dict` and results, but for rounding. Needs what `torch.compile`
         needs: a C++ compiler on a CPU, Triton on a GPU. An adjoint solve back-propagates many times through one

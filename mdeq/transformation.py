@@ -154,9 +154,8 @@ class Transformation(nn.Module):
         post = [layer.bind(softplus) for layer in self.post]  # type: ignore[operator]
 
         def at(rows: slice) -> Map:
-            # copies: to a compiled f, where a tensor begins in its storage is a part of its type
-            injections = [x[rows].clone()] + [None] * (n - 1)
-            drawn = [mask if mask is None else mask[rows].clone() for mask in masks]
+            injections = [_own(x[rows])] + [None] * (n - 1)
+            drawn = [mask if mask is None else _own(mask[rows]) for mask in masks]
 
             def f(state: Tensor) -> Tensor:
                 features = [blocks[i](z, injections[i], drawn[i]) for i, z in enumerate(scales.split(state))]
@@ -180,6 +179,11 @@ class Transformation(nn.Module):
         if self.upsampling == "nearest":
             return F.interpolate(x, size=size, mode="nearest")
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A tensor of its own: to a compiled f, where a part of a batch begins in its storage is a part of its type."""
+    return part.clone() if part.storage_offset() else part
 
 
 @cache

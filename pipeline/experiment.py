@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +65,12 @@ def run(
     recipe = _recipe(params)
     first = task(params.seeds[0])
     check_warm_up(f"{stage}.{name}", params, len(first.train))
-    identity = {
-        "params": params.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"}),
-        "data": summary["manifest"],
-        "code": code(stage, dataset),
-        "torch": torch.__version__,
-        **({"backbone": checksum(backbone)} if backbone else {}),
-    }
     work = machine.root / "work" / f"{stage}-{name}"
+    identity = _identity(stage, dataset, params, summary["manifest"], backbone)
     states = {seed: RunState(work, identity, f"seed-{seed}") for seed in params.seeds}
     own = states[params.seeds[0]]
     architecture = Architecture.of(params, first.train.classes)
 
-    builds_on = ""
     histories: dict[int, list[Row]] = {}
     logs: dict[int, list[tuple[int, Row]]] = {}
     with processes.joined(machine.device), contextlib.ExitStack() as stack:
@@ -86,18 +79,11 @@ def run(
             own.claim()
         tracker = stack.enter_context(tracking.start(stage, name, params, machine, own.path.with_name("run")))
         if first_process and (differences := own.differences()):
-            changed = ", ".join(differences)
-            print(
-                f"{stage} {name}: starts afresh; its interrupted run differs in {changed}. "
-                f"Its state stays in {work} until this run has a checkpoint",
-                file=sys.stderr,
-            )
+            _tell(f"{stage} {name}", differences, work)
         tracker.dataset(dataset, summary["manifest"], summary["source"])
         for seed in params.seeds:
-            torch.manual_seed(seed)
-            model = _build(architecture, f"{stage}.{name}")
-            if backbone is not None:
-                builds_on = load_backbone(model, backbone) or "unknown"
+            model, builds_on = _fresh(architecture, f"{stage}.{name}", seed, backbone)
+            if builds_on:
                 tracker.tag("builds_on", builds_on)
             prefix = f"seed-{seed}/" if len(params.seeds) > 1 else ""
             shown = Progress(f"{stage} {name} seed {seed}", tracker, prefix, shown=first_process)
@@ -113,9 +99,10 @@ def run(
                     observer=progress,
                 )
             logs[seed] = progress.log
-            facts = {"stage": stage, "model": name, "seed": seed, "names": list(first.names)}
-            meta = {**facts, "run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
             if first_process and seed == params.seeds[0]:
+                facts = {"stage": stage, "model": name, "seed": seed, "names": list(first.names)}
+                made = {"run_id": tracker.run_id, "params": params.model_dump(mode="json"), **machine.describe()}
+                meta = {**facts, **made}
                 save_model(out / "model.pt", architecture, model, meta)
         if not first_process:
             return
@@ -132,6 +119,32 @@ def run(
             tracker.artifact(out / file)
         tracker.model(out / "model.pt", segments=stage == "finetune")
     own.delete()
+
+
+def _identity(stage: str, dataset: str, params: TrainParams, manifest: str, backbone: Path | None) -> dict[str, Any]:
+    """What a resumable state belongs to."""
+    return {
+        "params": params.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"}),
+        "data": manifest,
+        "code": code(stage, dataset),
+        "torch": torch.__version__,
+        **({"backbone": checksum(backbone)} if backbone else {}),
+    }
+
+
+def _tell(title: str, differences: Collection[str], work: Path) -> None:
+    print(
+        f"{title}: starts afresh; its interrupted run differs in {', '.join(differences)}. "
+        f"Its state stays in {work} until this run has a checkpoint",
+        file=sys.stderr,
+    )
+
+
+def _fresh(architecture: Architecture, section: str, seed: int, backbone: Path | None) -> tuple[nn.Module, str]:
+    """What the training of a seed begins with; and the run that made its backbone, if it has one."""
+    torch.manual_seed(seed)
+    model = _build(architecture, section)
+    return model, (load_backbone(model, backbone) or "unknown") if backbone else ""
 
 
 def load_backbone(network: nn.Module, path: Path) -> str | None:
