@@ -84,7 +84,9 @@ def train(arguments: argparse.Namespace) -> None:
                 break
         if spent < min(due, arguments.budget):
             continue
-        rows.append({"seconds": spent, "images": step * arguments.batch, **_measure(network, test)})
+        epochs, beyond = divmod(step, per_epoch)
+        images = epochs * len(data) + beyond * arguments.batch  # the last batch of an epoch may be smaller
+        rows.append({"seconds": spent, "images": images, **_measure(network, test)})
         print(name, rows[-1], flush=True)
         due += arguments.every
         content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step}
@@ -161,7 +163,7 @@ def draw(arguments: argparse.Namespace) -> None:
     figure.savefig(arguments.out)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -183,7 +185,7 @@ def main() -> None:
     drawing.add_argument("curves", type=Path, nargs="+")
     drawing.add_argument("--out", type=Path, required=True)
     drawing.set_defaults(run=draw)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from benchmarks import budget, compiled, memory, peers, setting, sweep, timing
 from benchmarks.columns import Column, Probe, contestants, ours, probe
-from mdeq import Broyden, ClassificationHeadConfig, FixedPoint, Implicit, MDEQConfig
+from mdeq import Broyden, ClassificationHeadConfig, FixedPoint, Implicit, MDEQConfig, transformation
 from mdeq.solvers import Map
 from pipeline.checkpoints import Architecture, save_model
-from pipeline.params import load
+from pipeline.data.generated import ensure
+from pipeline.params import GeneratedCifar10, load
 from pipeline.train_params import TrainParams
 
 RADIUS, DIM = 0.7, 4
@@ -187,6 +188,32 @@ def test_sweep(options: list[str], tmp_path: Path) -> None:
     assert gradients["converged"]["GMRES"]["cosine"][-1] <= 1 + 1e-9
     for name in ("solvers.svg", "solvers.png", "gradients.svg", "gradients.png"):
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_compiled(options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Map] = []
+    monkeypatch.setattr(transformation, "_run", lambda: lambda f, state: (used.append(f), f(state))[1])  # no compiler
+    compiled.main([*options, "--rounds", "1"])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in table] == ["ms", "---", "eager", "compiled"] and used
+
+
+@pytest.mark.parametrize("model", ["mdeq-small", "resnet18-small"])
+def test_a_budget_is_kept_and_gone_on_with(model: str, tmp_path: Path) -> None:
+    ensure(tmp_path, GeneratedCifar10(seed=0, train=40, test=10))
+    given = ["train", "--data", str(tmp_path), "--model", model, "--batch", "16", "--test-images", "10"]
+    given += ["--every", "0.2", "--steps", "2", "--out", str(tmp_path / "out")]
+    rows: list[dict[str, float]] = []
+    for budget_seconds in (0.3, 1.0):  # the second goes on from the first
+        budget.main([*given, "--budget", str(budget_seconds)])
+        [file] = (tmp_path / "out").glob("*.json")
+        kept, rows = rows, json.loads(file.read_text())["rows"]
+        assert (
+            rows[: len(kept)] == kept
+            and rows[-1]["seconds"] >= budget_seconds
+            and rows[-1]["images"] % 40 in (0, 16, 32)
+        )
+        assert ("residual" in rows[-1]) == (model == "mdeq-small")
 
 
 def test_missing_images_are_said_in_one_line(options: list[str], tmp_path: Path) -> None:
