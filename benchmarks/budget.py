@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import setting
 from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, Phantom, Reversible
 from mdeq.baselines import BaselineConfig, NeuralODEConfig, ResNetConfig, build
 from pipeline.data.cifar10 import CLASSES, FOLDER, Cifar10, open_cifar10
@@ -92,7 +93,7 @@ def train(arguments: argparse.Namespace) -> None:
         content = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step}
         torch.save(content, state.with_suffix(".new"))
         settings = {k: v for k, v in vars(arguments).items() if isinstance(v, str | int | float)}
-        curve.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+        curve.write_text(json.dumps({**setting.made(), "settings": settings, "rows": rows}, indent=1))
         state.with_suffix(".new").replace(state)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import sys
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def made() -> dict[str, str | int]:
+    """What every record says of itself: command, date, device, versions, commit."""
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    return {"command": shlex.join(command), "date": date.today().isoformat(), **Machine(Path.cwd()).describe()}
+
+
 @dataclass(frozen=True)
 class Setting:
     """The network and where its images come from; `preset` holds the sizes in force."""
@@ -127,7 +136,7 @@ def load(arguments: argparse.Namespace) -> Setting:
     given = {name: getattr(arguments, name) for name in ("batch", "size", "forward", "backward")}
     preset = replace(preset, **{name: value for name, value in given.items() if value is not None})
     facts = {
-        **Machine(Path.cwd()).describe(),
+        **made(),
         "model": str(arguments.weights or arguments.preset),
         "weights": "trained" if arguments.weights else f"{arguments.train_steps} updates from random",
         "images": _source(arguments),
