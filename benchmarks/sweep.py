@@ -251,11 +251,8 @@ def _lines(axes: Axes, curves: Curves, x: str, y: str, title: str, label: str, *
 
 
 def _save(folder: Path, report: dict[str, Any]) -> None:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        print("matplotlib is not installed: no pictures (pip install matplotlib)")
-        return
+    import matplotlib as mpl
+
     mpl.use("Agg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mdeq", "font.size": 9.5})
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
-"""What a frame saves that starts from the last frame's equilibrium, and what that changes: `predict --compare`, measured.
+"""What a frame saves that starts from the last frame's equilibrium, and what that changes.
 
     python -m benchmarks.video --weights results/finetune/mdeq-small/model.pt --out docs/measured/video.json
 
 In each video a camera turns: a window of the size of the demo's scenes moves over a wide generated street, so many
-pixels a frame, with the sensor's noise drawn anew in every frame. All figures are means over the videos.
+pixels a frame, with the sensor's noise drawn anew in every frame. The figures are those of `predict --compare`, means
+over the videos.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ def measure(weights: Path, videos: int, frames: int, speed: int, tolerance: floa
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table: evaluations of f and mIoU from zero and from the frame before."""
+    """The table; an arrow leads from what starts at zero to what starts at the frame before."""
     lines = ["| pixels a frame | tolerance | evaluations of f | pixels that differ | mIoU |", "|---|---|---|---|---|"]
     for row in rows:
         cells = (
             str(row["pixels"]),
             f"{row['tolerance']:g}",
             f"{row['zero.evaluations']:.1f} → {row['before.evaluations']:.1f}",
-            f"{row['differing']:.2%}",
+            f"{100 * row['differing']:.2f} %",
             f"{row['zero.miou']:.2f} % → {row['before.miou']:.2f} %",
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -62,7 +62,8 @@ def run(
     """
     if labels is not None and not predictor.segments:
         raise DataError("--labels: this model classifies; labels of pixels are for a model of `finetune`")
-    truths = {path.name: path for path in labels.rglob(f"*{cityscapes.LABEL_END}")} if labels else {}
+    end = cityscapes.LABEL_END
+    truths = {path.name.removesuffix(end): path for path in labels.rglob(f"*{end}")} if labels else {}
     measured, answers = {}, {}
     for clip in clips(sources, video):
         tally = Tally(len(predictor.names))
@@ -71,7 +72,8 @@ def run(
         with _film(folder / "video.mp4", clip.fps or FPS) as film:
             for name, photo, found in _answered(predictor, clip, compare):
                 value = next(iter(found.values())).value
-                tally.add(found, _truth(truths.get(_label_name(name)), value.shape))
+                truth = truths.get(name.removesuffix(Path(cityscapes.IMAGE_END).stem))
+                tally.add(found, None if truth is None else _labels(truth, value.shape))
                 if predictor.segments:
                     _write(folder / f"{name}_labels.png", cityscapes.colours()[value])
                     picture = cityscapes.overlay(photo, value)
@@ -249,18 +251,11 @@ def bars(photo: np.ndarray, best: Sequence[tuple[str, float]]) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def _label_name(frame: str) -> str:
-    return frame.removesuffix(Path(cityscapes.IMAGE_END).stem) + cityscapes.LABEL_END
-
-
-def _truth(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    if path is None:
-        return None
+def _labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     label = cityscapes.read_label(path.parent, path.name, path.read_bytes())
     if label.shape != shape:
-        raise DataError(
-            f"{path}: {label.shape[1]} x {label.shape[0]} pixels, but its picture has {shape[1]} x {shape[0]}"
-        )
+        size, wanted = (f"{width} x {height}" for height, width in (label.shape, shape))
+        raise DataError(f"{path}: {size} pixels, but its picture has {wanted}")
     return label
 
 

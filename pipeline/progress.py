@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import rich.progress as rich
+from rich.console import Console
 
 from pipeline.training import Row
 
@@ -42,7 +43,7 @@ class Progress:
             rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
             rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[figures]}"),
         )  # fmt: skip
-        self._bar = rich.Progress(*columns, console=_stderr(), disable=not self._terminal)
+        self._bar = rich.Progress(*columns, console=Console(stderr=True), disable=not self._terminal)
         self._steps = self._bar.add_task(title, total=None, figures="")
         self._validation = self._bar.add_task("validation", total=None, visible=False, figures="")
 
@@ -67,11 +68,8 @@ class Progress:
                 flush=True,
             )
         self._bar.update(self._steps, completed=step, total=total, figures=text)
-        if (
-            self._shown
-            and not self._terminal
-            and (step == total or time.monotonic() - self._last_line > SECONDS_A_LINE)
-        ):
+        due = step == total or time.monotonic() - self._last_line > SECONDS_A_LINE
+        if due and self._shown and not self._terminal:
             self._last_line = time.monotonic()
             print(f"{self._title}: step {step}/{total} {text}", file=sys.stderr, flush=True)
 
@@ -93,9 +91,3 @@ def _figures(values: Row) -> str:
         "time/images_per_second": "images/s",
     }  # fmt: skip
     return "  ".join(f"{label} {values[name]:.3g}" for name, label in shown.items() if name in values)
-
-
-def _stderr():  # noqa: ANN202
-    from rich.console import Console
-
-    return Console(stderr=True)

@@ -133,16 +133,13 @@ def data_statement(results: Results, dataset: str, facts: Measured) -> tuple[str
         return f"{name}, but only {samples:,} of its {images[split]:,} {split} images", False
     if whole:
         return f"{name}, complete", True
-    return (
-        f"{size} images of {summary.get('classes', '?')} classes in its layout: NOT the paper's {name}",
-        False,
-    )
+    return f"{size} images of {summary.get('classes', '?')} classes in its layout: NOT the paper's {name}", False
 
 
 def short_commit(facts: Measured) -> str:
     """The commit's first seven digits, with the mark of a changed checkout; "none" without git."""
-    commit = str(facts.get("commit") or "")
-    return commit[:7] + ("+" if commit.endswith("+") else "") if commit not in ("", "none") else "none"
+    commit = str(facts.get("commit") or "none")
+    return commit[:7] + "+" * commit.endswith("+")
 
 
 def number(value: Number) -> str:

@@ -138,12 +138,8 @@ def _benchmark(results: Results) -> Section:
     rows = []
     for name, entry in runtime["models"].items():
         theirs, parameters = paper.FIGURE_4B_RELATIVE.get(name, {}), entry.get("parameters")
-        cells = [
-            name,
-            f"{parameters:,}" if parameters else "–",
-            f"{entry['seconds']:.3g} s",
-            _bytes(entry["memory_bytes"]),
-        ]
+        size = f"{parameters:,}" if parameters else "–"
+        cells = [name, size, f"{entry['seconds']:.3g} s", _bytes(entry["memory_bytes"])]
         for measure in ("time", "memory"):
             ours = linked(f"{entry['relative'][measure]:.2f}", runtime)
             cells += [theirs.get(measure, "–"), f"**{ours}**"]
@@ -165,9 +161,8 @@ def _convergence(results: Results, pictures: Sequence[Picture]) -> Section:
     for dataset, name in NAMES.items():
         found = results.convergence.get(dataset)
         if found is None:
-            rows.append(
-                Row([name, "", "", "", "", f"no results of `python -m pipeline convergence {dataset}`"], "not run")
-            )
+            missing = f"no results of `python -m pipeline convergence {dataset}`"
+            rows.append(Row([name, "", "", "", "", missing], "not run"))
             continue
         where = (
             f"{found.get('model', '')}; {data_statement(results, dataset, found)[0]}; "
@@ -207,9 +202,8 @@ def _figure5(results: Results) -> Iterator[Drawn]:
         label = "" if panels else "residual, the one that stops"
         panels += [Panel(f"{found['model']}, {NAMES[dataset]}", label, after, "evaluations")] if after else []
     if panels:
-        yield Drawn(
-            "figure5-training", figures.lines(panels, "epoch", log=True), f"{paper.FIGURE_5_TRAINING}, by epoch.", 1000
-        )
+        figure = figures.lines(panels, "epoch", log=True)
+        yield Drawn("figure5-training", figure, f"{paper.FIGURE_5_TRAINING}, by epoch.", 1000)
 
 
 def _solver(results: Results) -> Section:
@@ -272,9 +266,8 @@ def _predictions(results: Results) -> Iterator[Part]:
         if confusion is None:
             continue
         drawn = figures.confusion(confusion.to_numpy(), [str(name) for name in confusion.index], title)
-        yield Folded(
-            "Confusion matrix", Drawn(f"confusion-{dataset}-{model}", drawn, f"{title}: confusion matrix", 760)
-        )
+        picture = Drawn(f"confusion-{dataset}-{model}", drawn, f"{title}: confusion matrix", 760)
+        yield Folded("Confusion matrix", picture)
         if dataset == "cityscapes":
             scores = {str(name): score for name, score in iou_by_class(confusion).items()}
             words = {name: "not labelled" if pd.isna(score) else f"{score:.1f} %" for name, score in scores.items()}
@@ -299,13 +292,8 @@ def _made(results: Results, facts: dict[str, str | int]) -> Section:
     rows = []
     for stage, found in results.measured().items():
         run, seconds = str(found.get("run") or ""), found.get("time/seconds")
-        cells = [
-            stage,
-            str(found.get("device", "unknown")),
-            short_commit(found),
-            _time(seconds),
-            f"`{run}`" if run else "–",
-        ]
+        device, shown = str(found.get("device", "unknown")), f"`{run}`" if run else "–"
+        cells = [stage, device, short_commit(found), _time(seconds), shown]
         rows.append(Row(cells, anchor=f"run-{run[:8]}" if run else ""))
     headings = ["stage", "device", "commit", "time", "run in MLflow (`make ui`)"]
     parts: list[Part] = [Sheet(headings, rows, [3])] if rows else []
@@ -321,10 +309,6 @@ def _bytes(value: float) -> str:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "–"
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -12,13 +12,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import budget, compiled, memory, peers, setting, sweep, timing
+from benchmarks import budget, compiled, memory, peers, setting, sweep, timing, video
 from benchmarks.columns import Column, Probe, contestants, ours, probe
 from mdeq import Broyden, ClassificationHeadConfig, FixedPoint, Implicit, MDEQConfig, transformation
+from mdeq.heads import SegmentationHeadConfig
 from mdeq.solvers import Map
 from pipeline.checkpoints import Architecture, save_model
 from pipeline.data.generated import ensure
@@ -214,6 +217,24 @@ def test_a_budget_is_kept_and_gone_on_with(model: str, tmp_path: Path) -> None:
             and rows[-1]["images"] % 40 in (0, 16, 32)
         )
         assert ("residual" in rows[-1]) == (model == "mdeq-small")
+
+
+def test_video(tmp_path: Path) -> None:
+    """A frame's labels are the last's, moved; each speed and tolerance has its row; the record says what made it."""
+    frames = video.draw(tmp_path, seed=0, frames=2, speed=4)
+    first, second = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted((tmp_path / "labels").iterdir()))
+    assert np.array_equal(first[:, 4:], second[:, :-4]) and len(list(frames.iterdir())) == 2
+    model = MDEQConfig(channels=(4,), expansion=1, groups=2, downsamplings=2)
+    architecture = Architecture(model, SegmentationHeadConfig(), 19, Broyden(steps=3))
+    torch.manual_seed(0)
+    about = {"stage": "finetune", "names": list(map(str, range(19))), "params": {"test_size": None}}
+    save_model(tmp_path / "model.pt", architecture, architecture.build(), about)
+    out = tmp_path / "video.json"
+    video.main(["--weights", str(tmp_path / "model.pt"), "--videos", "1", "--frames", "2", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert [(row["pixels"], row["tolerance"]) for row in report["rows"]] == [(1, 1e-2), (1, 1e-3), (4, 1e-2), (4, 1e-3)]
+    assert all(row["frames"] == 2 and row["before.evaluations"] >= 1 for row in report["rows"])
+    assert {"command", "date", "device", "torch", "commit"} < set(report)
 
 
 def test_missing_images_are_said_in_one_line(options: list[str], tmp_path: Path) -> None:
