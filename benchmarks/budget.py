@@ -29,7 +29,8 @@ from mdeq.baselines import BaselineConfig, NeuralODEConfig, ResNetConfig, build
 from pipeline.data.cifar10 import CLASSES, FOLDER, Cifar10, open_cifar10
 from pipeline.data.loading import batches
 from pipeline.metrics import TopK
-from pipeline.training import cosine, evaluate, set_lr
+from pipeline.recipe import cosine, set_lr
+from pipeline.training import evaluate
 
 EQUILIBRIUM = {
     "mdeq-small": (MDEQConfig(), ClassificationHeadConfig((8, 16), 200)),

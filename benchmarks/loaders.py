@@ -25,8 +25,9 @@ from pipeline.data.loading import BatchDataset, batches
 from pipeline.data.manifest import DataError, located
 from pipeline.machine import Machine
 from pipeline.params import FILE, TRAINED_ON, load
+from pipeline.recipe import make_optimizer
 from pipeline.train_params import FinetuneParams, PretrainParams, TrainParams
-from pipeline.training import make_optimizer, predict
+from pipeline.training import predict
 
 
 def training_set(stage: str, params: TrainParams, machine: Machine) -> BatchDataset:

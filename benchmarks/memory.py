@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks import setting
 from benchmarks.columns import Column, Step, contestants
-from pipeline.training import make_optimizer
+from pipeline.recipe import make_optimizer
 
 STEPS = 3
 PARTS = ("stem", "solve", "head", "head back", "adjoint", "gradients", "update")

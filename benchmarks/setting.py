@@ -22,7 +22,7 @@ from pipeline.data import cifar10, imagenet
 from pipeline.data.loading import Keys, normalised
 from pipeline.data.manifest import DataError
 from pipeline.machine import Machine
-from pipeline.training import Adam, Sgd
+from pipeline.recipe import Adam, Sgd
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png"}
 

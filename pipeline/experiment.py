@@ -24,7 +24,8 @@ from pipeline import processes
 from pipeline.checkpoints import Architecture, CheckpointError, RunState, checksum, load_model, save_model
 from pipeline.data.loading import Keys
 from pipeline.data.manifest import code_digest, read_summary
-from pipeline.training import Recipe, Row, Task, TrainingError, train
+from pipeline.recipe import Recipe
+from pipeline.training import Row, Task, TrainingError, train
 
 if TYPE_CHECKING:
     from pipeline.machine import Machine
@@ -166,7 +167,7 @@ def load_backbone(network: nn.Module, path: Path) -> str | None:
 
 def code(stage: str, dataset: str) -> dict[str, str]:
     """The digests of the sources that a training depends on: those that dvc.yaml declares, to which a test holds it."""
-    shared = "checkpoints experiment figures metrics processes progress training".split()
+    shared = "checkpoints experiment figures metrics processes progress recipe training".split()
     data = [f"data/{name}" for name in ("archives", "loading", "manifest", dataset)]
     here = Path(__file__).parent
     files = [here / f"{module}.py" for module in (*shared, *data, f"stages/{stage}")]

@@ -383,5 +383,5 @@ def _follow(document: dict[str, Any], node: dict[str, Any], data: Any) -> dict[s
 def _digest(path: Path) -> str:
     """Of the file and of the code that decides what is right."""
     here = Path(__file__).parent
-    code = [here / "training.py", *sorted(here.glob("*params.py")), *sorted((here.parent / "mdeq").glob("*.py"))]
+    code = [here / "recipe.py", *sorted(here.glob("*params.py")), *sorted((here.parent / "mdeq").glob("*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in (path, *code))).hexdigest()

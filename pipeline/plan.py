@@ -23,8 +23,9 @@ from mdeq import Anderson, Broyden, FixedPoint, Gmres, Implicit, Network, Phanto
 from mdeq.losses import classification_loss, segmentation_loss
 from pipeline.checkpoints import Architecture
 from pipeline.params import TRAINED_ON, ParamsError, instances, load
+from pipeline.recipe import Sgd
 from pipeline.train_params import FinetuneParams, PretrainParams, TrainParams
-from pipeline.training import Sgd, predict
+from pipeline.training import predict
 
 NUMBER = 4  # bytes of a float32
 SIDE_BY_SIDE = 3  # models in a table

@@ -26,7 +26,7 @@ from pipeline.params import (
     Ranges,
     Section,
 )
-from pipeline.training import Adam, JacobianTerm, Precision, Sgd, WarmUp
+from pipeline.recipe import Adam, JacobianTerm, Precision, Sgd, WarmUp
 
 Positive = Field(gt=0)
 Natural = Field(ge=1)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,93 +26,17 @@ from mdeq import Network, Prediction, Solution
 from pipeline import processes
 from pipeline.data.loading import BatchDataset, batches, order
 from pipeline.processes import Share
+from pipeline.recipe import Precision, Recipe, cosine, make_optimizer, set_lr
 
 Row = dict[str, float]
 Loss = Callable[[Tensor, Tensor], Tensor]
-Precision = Literal["float32", "bfloat16", "float16"]
 Piece = tuple[Tensor, Tensor, int]  # images, targets, how many of them count
-FINAL_LR = 1e-6  # where the cosine ends, as published
 NAMES = 8  # of files in a message
 SMALLEST_SCALE = 2.0**-24  # of the loss in float16, its own smallest number: below it no gradient can be finite
 
 
 class TrainingError(Exception):
     """Training that cannot go on; the message says at which step and what is left."""
-
-
-@dataclass(frozen=True)
-class Adam:
-    """Adam with L2 weight decay."""
-
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    kind: Literal["adam"] = "adam"
-
-
-@dataclass(frozen=True)
-class Sgd:
-    """Stochastic gradient descent with momentum and L2 weight decay."""
-
-    lr: float = 0.05
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    kind: Literal["sgd"] = "sgd"
-
-
-@dataclass(frozen=True)
-class WarmUp:
-    """For the first `steps` updates f is applied `layers` times and back-propagated through.
-
-    `softplus` replaces the last ReLUs of f by a softplus of that curvature meanwhile (Sec. 3.3); None keeps the ReLUs.
-    """
-
-    layers: int
-    steps: int
-    softplus: float | None = None
-
-
-@dataclass(frozen=True)
-class JacobianTerm:
-    """Adds weight x |J|_F^2 / numel(z) to the loss of a step, with the given probability.
-
-    The weight is `warm_up_weight` in the warm-up, then `weight`, and `increase` more every `increase_every` updates;
-    nothing after `stop_epoch` epochs (Bai, Koltun and Kolter, ICML 2021, as their code has it).
-    """
-
-    weight: float
-    probability: float = 1.0
-    probes: int = 1
-    warm_up_weight: float = 0.0
-    increase: float = 0.0
-    increase_every: int = 1
-    stop_epoch: int | None = None
-
-    def weight_at(self, step: int, epoch: int, warm_up: int) -> float:
-        """The weight in update `step`, of epoch `epoch` (both from 0), when `warm_up` updates are unrolled."""
-        if step < warm_up:
-            return self.warm_up_weight
-        if self.stop_epoch is not None and epoch >= self.stop_epoch:
-            return 0.0
-        return self.weight + self.increase * ((step - warm_up) // self.increase_every)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained; the same for every data set and model.
-
-    An update takes `batch` samples over all processes, each of which takes its part in `accumulate` micro-batches.
-    """
-
-    optimizer: Adam | Sgd
-    epochs: int
-    batch: int
-    accumulate: int = 1
-    warm_up: WarmUp | None = None
-    jacobian: JacobianTerm | None = None
-    precision: Precision = "float32"
-    checkpoint_minutes: float = 10.0
-    log_every: int = 10
 
 
 @dataclass(frozen=True)
@@ -334,17 +258,6 @@ def peak_memory(device: str) -> Row:
     return row
 
 
-def cosine(lr: float, step: int, total: int) -> float:
-    """The learning rate of update `step` of `total`: a half cosine from `lr` to `FINAL_LR`."""
-    return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * step / total)) / 2
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of all groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def _update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -460,15 +373,6 @@ def _validate(
         unrolled = run(task.metric(), unroll_steps=recipe.warm_up.layers)
         row |= {f"{name}_unrolled": value for name, value in unrolled.items()}
     return row
-
-
-def make_optimizer(model: nn.Module, settings: Adam | Sgd) -> torch.optim.Optimizer:
-    """The optimiser that the settings describe, over all of the model's parameters."""
-    decay = settings.weight_decay
-    if isinstance(settings, Adam):
-        return torch.optim.Adam(model.parameters(), settings.lr, weight_decay=decay)
-    momentum, nesterov = settings.momentum, settings.nesterov
-    return torch.optim.SGD(model.parameters(), settings.lr, momentum, weight_decay=decay, nesterov=nesterov)
 
 
 class _NotFinite(Exception):

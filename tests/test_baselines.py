@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,21 @@ def test_a_segmentation_model_labels_pixels_and_foreign_weights_need_their_class
         build(ExplicitConfig("alexnet", weights="default"), 10, fetch=True)
     with pytest.raises(ValueError, match="name: must be one of alexnet, .*, not 'vgg'"):
         ExplicitConfig("vgg")
+
+
+def test_a_librarys_weights_are_taken_as_its_own_cache_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torchvision finds them under the name of their address, with nothing left to fetch."""
+    models = pytest.importorskip("torchvision.models")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs = models.resnet18().state_dict()
+    kept = tmp_path / "hub" / "checkpoints" / Path(models.ResNet18_Weights.DEFAULT.url).name
+    kept.parent.mkdir(parents=True)
+    torch.save(theirs, kept)
+    network = build(ExplicitConfig("resnet18", weights="default"), 1000, fetch=True)
+    ours = network.get_submodule("network").state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_what_cannot_be_had_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

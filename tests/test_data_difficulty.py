@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.data import difficulty, generated
 from pipeline.data.cityscapes import IGNORE
 from pipeline.data.difficulty import Pictures, Plain
-from pipeline.training import Adam, Recipe
+from pipeline.recipe import Adam, Recipe
 
 
 def scenes(of: str, seed: int) -> Pictures:

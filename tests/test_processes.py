@@ -24,7 +24,8 @@ from pipeline.checkpoints import RunState
 from pipeline.data.loading import Keys, draw
 from pipeline.metrics import ConfusionMatrix, TopK
 from pipeline.processes import Share
-from pipeline.training import Adam, Recipe, Row, Sgd, Task, WarmUp, train
+from pipeline.recipe import Adam, Recipe, Sgd, WarmUp
+from pipeline.training import Row, Task, train
 
 CLASSES = 3
 WEIGHTS = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)

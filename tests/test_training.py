@@ -14,20 +14,9 @@ from pipeline.checkpoints import RunState
 from pipeline.data.loading import Keys, batches, draw
 from pipeline.metrics import TopK
 from pipeline.progress import PATIENCE, Progress
+from pipeline.recipe import FINAL_LR, Adam, JacobianTerm, Recipe, Sgd, WarmUp, cosine
 from pipeline.tracking import NullTracker
-from pipeline.training import (
-    FINAL_LR,
-    Adam,
-    JacobianTerm,
-    Recipe,
-    Sgd,
-    Task,
-    TrainingError,
-    WarmUp,
-    cosine,
-    evaluate,
-    train,
-)
+from pipeline.training import Task, TrainingError, evaluate, train
 
 RECIPE = Recipe(
     optimizer=Adam(lr=1e-2),

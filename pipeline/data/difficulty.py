@@ -26,8 +26,9 @@ from pipeline.data.manifest import DataError
 from pipeline.machine import Machine
 from pipeline.metrics import ConfusionMatrix
 from pipeline.progress import Progress
+from pipeline.recipe import Adam, Recipe
 from pipeline.tracking import NullTracker
-from pipeline.training import Adam, Recipe, Task
+from pipeline.training import Task
 
 CIFAR_LINEAR_AT_MOST, CIFAR_NETWORK_AT_LEAST = 45.0, 85.0
 SCENES_APART = 10.0

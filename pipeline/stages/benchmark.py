@@ -29,8 +29,8 @@ from pipeline import figures, tracking
 from pipeline.checkpoints import Architecture
 from pipeline.data.manifest import progress
 from pipeline.machine import Machine
+from pipeline.recipe import make_optimizer
 from pipeline.train_params import BenchmarkModel, BenchmarkParams
-from pipeline.training import make_optimizer
 
 CLASSES = 10
 OUT = Path("results/benchmark")
