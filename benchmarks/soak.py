@@ -21,8 +21,10 @@ import sqlite3
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import NoReturn
@@ -62,6 +64,31 @@ class Leg:
         return early, late
 
 
+@dataclass
+class Training:
+    """A stage that trained to its end: kills on the way, seconds, its longest leg, and what it made."""
+
+    kills: int
+    seconds: float
+    longest: Leg
+    outcome: object = None  # digest of the weights, recorded history
+
+    def line(self) -> str:
+        """Its figures, as the head of the CSV names them."""
+        (mb, files), (mb_late, files_late) = self.longest.early_and_late()
+        memory = f"{mb:.0f},{mb_late:.0f},{files:.0f},{files_late:.0f}"
+        return f"{self.seconds:.0f},{self.kills},{self.longest.cpu:.0f},{memory}"
+
+    def wrong(self, undisturbed: Training) -> Iterator[str]:
+        """What differs from the first, undisturbed one; many legs are too short to compare with themselves."""
+        early, (mb_late, files_late) = self.longest.early_and_late()
+        mb, files = early if self is undisturbed else undisturbed.longest.early_and_late()[1]
+        if mb_late > 1.05 * mb + 10 or files_late > files + 4:
+            yield "it grows"
+        if self.outcome != undisturbed.outcome:
+            yield "other weights or another history than undisturbed"
+
+
 def main() -> None:
     """Prints a CSV, a line a training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,45 +103,50 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     for module in SLOW.split():
         import_module(module)
-    draw, until, wrong = random.Random(options.seed), time.monotonic() + 60 * options.minutes, []
-    first: dict[str, object] = {}
-    legs: dict[str, Leg] = {}
-    number = 0
+    draw, until = random.Random(options.seed), time.monotonic() + 60 * options.minutes
+    undisturbed: dict[str, Training] = {}
+    wrong: list[str] = []
     print("round,stage,seconds,kills,cpu_s,mb_early,mb_late,files_early,files_late", flush=True)
-    while time.monotonic() < until or number < 2:
-        for command in BEFORE:
-            whole(command)
-        for stage in TRAINED:
-            began, kills, longest = time.monotonic(), 0, Leg()
-            whole_leg = legs.get(stage, Leg())
-            while True:
-                reach = whole_leg.start + 2 * (whole_leg.cpu - whole_leg.start) / options.kills
-                limit = draw.uniform(0, reach) if number and kills < options.kills else None
-                leg = run((stage, MODEL), limit)
-                longest = max(leg, longest, key=lambda leg: len(leg.seen))
-                if leg.code == 0:
-                    break
-                if leg.code != -signal.SIGKILL:
-                    sys.exit(f"{stage}: exit code {leg.code}")
-                kills += 1
-            (mb, files), (mb_late, files_late) = longest.early_and_late()
-            seconds = time.monotonic() - began
-            seen = f"{longest.cpu:.0f},{mb:.0f},{mb_late:.0f},{files:.0f},{files_late:.0f}"
-            print(f"{number},{stage},{seconds:.0f},{kills},{seen}", flush=True)
-            undisturbed = legs.setdefault(stage, longest)
-            if number:  # many legs are too short to compare with themselves
-                mb, files = undisturbed.early_and_late()[1]
-            if mb_late > 1.05 * mb + 10 or files_late > files + 4:
-                wrong.append(f"round {number}, {stage}: it grows")
-        for command in AFTER:
-            whole(command)
-        for stage in TRAINED:
-            outcome = weights(stage), history(stage, number + 1)
-            if outcome != first.setdefault(stage, outcome):
-                wrong.append(f"round {number}, {stage}: other weights or another history than undisturbed")
-        shutil.rmtree(FOLDER / "results")
-        number += 1
+    for number in count():
+        if number > 1 and time.monotonic() > until:
+            break
+        for stage, training in one_round(number, undisturbed, options.kills, draw).items():
+            first = undisturbed.setdefault(stage, training)
+            wrong += [f"round {number}, {stage}: {what}" for what in training.wrong(first)]
     sys.exit("\n".join(wrong) or 0)
+
+
+def one_round(number: int, undisturbed: dict[str, Training], kills: int, draw: random.Random) -> dict[str, Training]:
+    """One round, from the data to the report."""
+    for command in BEFORE:
+        whole(command)
+    trained = {}
+    for stage in TRAINED:
+        trained[stage] = train(stage, undisturbed.get(stage), kills, draw)
+        print(f"{number},{stage},{trained[stage].line()}", flush=True)
+    for command in AFTER:
+        whole(command)
+    for stage, training in trained.items():
+        training.outcome = weights(stage), history(stage, number + 1)
+    shutil.rmtree(FOLDER / "results")
+    return trained
+
+
+def train(stage: str, undisturbed: Training | None, kills: int, draw: random.Random) -> Training:
+    """Trains to the end, killed up to `kills` times at moments spread over what the undisturbed one took."""
+    began, killed, longest = time.monotonic(), 0, Leg()
+    while True:
+        limit = None
+        if undisturbed and killed < kills:
+            leg = undisturbed.longest
+            limit = draw.uniform(0, leg.start + 2 * (leg.cpu - leg.start) / kills)
+        leg = run((stage, MODEL), limit)
+        longest = max(leg, longest, key=lambda leg: len(leg.seen))
+        if leg.code == 0:
+            return Training(killed, time.monotonic() - began, longest)
+        if leg.code != -signal.SIGKILL:
+            sys.exit(f"{stage}: exit code {leg.code}")
+        killed += 1
 
 
 def whole(command: tuple[str, ...]) -> None:
@@ -173,8 +205,8 @@ def weights(stage: str) -> str:
     return digest.hexdigest()
 
 
-def history(stage: str, count: int) -> list[tuple[str, int, float]]:
-    """What the store has of the last of a stage's `count` finished runs, but for what the clock decides."""
+def history(stage: str, rounds: int) -> list[tuple[str, int, float]]:
+    """What the store has of the last of a stage's `rounds` finished runs, but for what the clock decides."""
     with sqlite3.connect(FOLDER / "mlflow.db") as store:
         runs = store.execute(
             "SELECT run_uuid FROM runs JOIN tags USING (run_uuid) WHERE key = 'stage' AND value = ? "
@@ -182,7 +214,7 @@ def history(stage: str, count: int) -> list[tuple[str, int, float]]:
             (stage,),
         ).fetchall()
         every = store.execute("SELECT count(*) FROM tags WHERE key = 'stage' AND value = ?", (stage,)).fetchone()
-        assert len(runs) == every[0] == count, f"{stage}: {every[0]} runs, {len(runs)} of them finished, not {count}"
+        assert len(runs) == every[0] == rounds, f"{stage}: {every[0]} runs, {len(runs)} of them finished, not {rounds}"
         return store.execute(
             "SELECT key, step, value FROM metrics WHERE run_uuid = ? AND key NOT LIKE 'time/%' "
             "AND key NOT LIKE 'memory/%' AND key NOT LIKE 'system/%' ORDER BY key, step",

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import rich.progress as rich
 from rich.console import Console
 
+from pipeline.data.manifest import SECONDS_A_LINE
 from pipeline.training import Row
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
 
-SECONDS_A_LINE = 30.0
 PATIENCE = 100
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.data import manifest
 from pipeline.data.generated import GeneratedCifar10, GeneratedCityscapes, GeneratedImageNet
 from pipeline.data.manifest import DataError, Manifest, data_root
 from pipeline.machine import Machine
@@ -138,6 +139,14 @@ def test_a_manifest_that_is_none_says_so(tmp_path: Path) -> None:
             path.write_text(content)
         with pytest.raises(DataError, match=r"manifest\.csv.*prepare"):
             Manifest.read(path)
+
+
+def test_long_work_writes_plain_lines_into_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "SECONDS_A_LINE", 0.0)
+    assert list(manifest.progress(range(2), "Reading the data", 1500)) == [0, 1]
+    assert capsys.readouterr().err == "Reading the data: 1 of 1,500\nReading the data: 2 of 1,500\n"
 
 
 def test_the_stage_does_not_import_torch(machine: Machine) -> None:

@@ -10,6 +10,8 @@ import csv
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, str | int]
 Item = TypeVar("Item")
+SECONDS_A_LINE = 30.0
 SIDE, PIXELS = 4, 80_000_000  # of a picture: the shorter side at least, all at most
 
 
@@ -165,12 +168,19 @@ def _unfit(image: Image.Image) -> str:
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
-    """Yield `items`, on a terminal under a progress bar."""
+    """Yield `items`: on a terminal under a progress bar, in a log with a line every half minute."""
     from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
-    yield from track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
+    console, said = Console(stderr=True), time.monotonic()
+    if console.is_terminal:
+        yield from track(items, title, total, console=console, transient=True)
+        return
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - said > SECONDS_A_LINE:
+            said = time.monotonic()
+            print(f"{title}: {number:,}" + (f" of {total:,}" if total else ""), file=sys.stderr, flush=True)
 
 
 def folders(root: Path) -> list[str]:

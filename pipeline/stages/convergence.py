@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from rich.progress import track
 from torch import Tensor
 
 from mdeq.heads import resize
@@ -27,7 +26,7 @@ from mdeq.solvers import Map
 from pipeline import figures, tracking
 from pipeline.data import cityscapes
 from pipeline.data.loading import BatchDataset, Keys
-from pipeline.data.manifest import DataError
+from pipeline.data.manifest import DataError, progress
 from pipeline.machine import Machine
 from pipeline.train_params import ConvergenceParams
 from pipeline.trained import Trained, load
@@ -107,7 +106,7 @@ def measure(backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, devi
     """The tidy table of trace.csv: solver, batch, evaluation, change, residual, residual_1 ... of each scale."""
     drawn = _random_batches(split, params.batches, params.batch, params.seed)
     parts = []
-    for number, images in enumerate(track(drawn, total=params.batches, description=label)):
+    for number, images in enumerate(progress(drawn, label, params.batches)):
         with torch.no_grad():
             f, z0, scales = backbone.fixed_point_problem(images.to(device))
         for solver in params.solvers:
