@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,41 @@ def accuracy_by_steps(
 
     A limit of T steps costs T evaluations of f to the answer and one more for its residual.
     """
-    network = trained.network
-    if not params.accuracy_up_to or not isinstance(network, Network) or network.backbone.config.unrolled:
+    network, split, up_to = trained.network, trained.split, params.accuracy_up_to
+    if not up_to or not isinstance(network, Network) or network.backbone.config.unrolled:
         return {}
-    found = {}
-    for steps in range(1, params.accuracy_up_to + 1):
-        _limit_solver(network, steps)
-        values, _ = evaluate(trained, params.batch, machine, f"evaluate {instance}, {steps} steps")
-        found[str(steps)] = values.get("eval/top1", values.get("eval/miou", float("nan")))
-    return {"by_steps": found}
+    measures: list[TopK | ConfusionMatrix] = []
+    loader = batches(split, params.batch, seed=0, epoch=0, shuffle=False, workers=machine.workers)
+    for images, targets in progress(loader, f"evaluate {instance}, by steps", len(loader)):
+        measure = ConfusionMatrix if targets.ndim == 3 else TopK
+        measures = measures or [measure(split.classes) for _ in range(up_to)]
+        limited = answers_by_steps(network, images.to(machine.device), targets.shape[1:], up_to)
+        for own, logits in zip(measures, limited, strict=True):
+            own.update(logits, targets.to(machine.device))
+    found = [own.compute() for own in measures]
+    return {"by_steps": {str(i): own.get("eval/top1", own.get("eval/miou", 0.0)) for i, own in enumerate(found, 1)}}
+
+
+@torch.no_grad()
+def answers_by_steps(network: Network, images: Tensor, size: Sequence[int], up_to: int) -> Iterator[Tensor]:
+    """Logits of a batch with a limit of 1, 2, ... ``up_to`` steps: all from one solve, which a limit only cuts short.
+
+    ``size`` as in `predict`.
+    """
+    f, z0, scales = network.backbone.fixed_point_problem(images)
+    iterates: list[Tensor] = []
+
+    def watched(z: Tensor) -> Tensor:
+        iterates.append(z.clone())
+        return f(z)
+
+    solver = replace(network.backbone.forward_solver, steps=up_to)
+    residuals = solver(watched, z0).trace.nan_to_num(torch.inf, torch.inf)
+    residuals[0, residuals[0] > solver.tolerance] = torch.inf  # the start is an answer only where it solves
+    states, samples = torch.stack(iterates, 1), torch.arange(len(images), device=images.device)
+    for limit in range(1, up_to + 1):
+        logits = network.head(scales.split(states[samples, residuals[: limit + 1].argmin(0)]))
+        yield resize(logits, size) if size else logits
 
 
 def _limit_solver(network: nn.Module, steps: int) -> None:
