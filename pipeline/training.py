@@ -127,65 +127,188 @@ def train(
     Raises:
         TrainingError: if a loss or gradient is not finite, or the memory does not suffice; no weight has changed since.
     """
-    model.to(device)
-    share = Share(processes.rank(), processes.count(), recipe.accumulate)
-    if share.processes > 1 and device.startswith("cuda"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = make_optimizer(model, recipe.optimizer)
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "float16")
-    state = _State()
-    saved = processes.from_first(store.load() if share.rank == 0 else None)
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved.get("scaler", {}))
-        state = _State(**saved["state"])
-        observer.saved(state.log)
-
-    def save() -> None:
-        state.seconds = time.monotonic() - began
-        if share.rank == 0:
-            parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-            store.save({name: part.state_dict() for name, part in parts.items()} | {"state": vars(state)})
-        observer.saved(state.log)
-
+    run = _Run(model.to(device), task, recipe, seed, device, workers, store, observer)
     if recipe.epochs == 0:  # weights that were made elsewhere
-        return [{"epoch": 0, "step": 0, **_validate(model, task, recipe, state, device, workers, observer)}]
-    updates = math.ceil(len(task.train) / recipe.batch)
-    total = updates * recipe.epochs
-    load = partial(batches, task.train, recipe.batch, seed=seed, shuffle=True, share=share, workers=workers)
-    began = time.monotonic() - state.seconds
-    while state.epoch < recipe.epochs:
-        epoch = state.epoch
-        model.train()
-        loader = load(epoch=epoch, start=state.batch)
+        return [{"epoch": 0, "step": 0, **run.validate()}]
+    run.resume()
+    while run.state.epoch < recipe.epochs:
+        run.train_epoch()
+        run.save()
+        run.end_epoch()
+        run.save()
+    return run.state.history
+
+
+@dataclass
+class _Run:
+    """A training as it goes on, its model on its device; the arguments are those of `train`."""
+
+    model: nn.Module
+    task: Task
+    recipe: Recipe
+    seed: int
+    device: str
+    workers: int
+    store: Store
+    observer: Observer
+    state: _State = field(default_factory=_State)
+
+    def __post_init__(self) -> None:
+        self.share = Share(processes.rank(), processes.count(), self.recipe.accumulate)
+        if self.share.processes > 1 and self.device.startswith("cuda"):
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.optimizer = make_optimizer(self.model, self.recipe.optimizer)
+        half = self.recipe.precision == "float16"
+        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=half)
+        self.updates = math.ceil(len(self.task.train) / self.recipe.batch)  # an epoch
+        self.began = time.monotonic()
+
+    def resume(self) -> None:
+        """Goes back to what the store holds, if anything."""
+        saved = processes.from_first(self.store.load() if self.share.rank == 0 else None)
+        if saved is not None:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved.get("scaler", {}))
+            self.state = _State(**saved["state"])
+            self.observer.saved(self.state.log)
+        self.began = time.monotonic() - self.state.seconds
+
+    def save(self) -> None:
+        self.state.seconds = time.monotonic() - self.began
+        if self.share.rank == 0:
+            parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+            self.store.save({name: part.state_dict() for name, part in parts.items()} | {"state": vars(self.state)})
+        self.observer.saved(self.state.log)
+
+    def train_epoch(self) -> None:
+        """What remains of the epoch, with saves on the way."""
+        state, recipe, total = self.state, self.recipe, self.updates * self.recipe.epochs
+        self.model.train()
+        loader = batches(
+            self.task.train, recipe.batch, seed=self.seed, epoch=state.epoch, shuffle=True, start=state.batch,
+            share=self.share, workers=self.workers,
+        )  # fmt: skip
         last_save = time.monotonic()
         for pieces in zip(*[iter(loader)] * recipe.accumulate, strict=True):
-            set_lr(optimizer, cosine(recipe.optimizer.lr, state.step, total))
-            samples = min(recipe.batch, len(task.train) - state.batch * recipe.batch)
-            bounds = share.bounds(samples)
-            with _explained(task, recipe, seed, state, bounds):
-                counted = [(*_moved(piece, device), b - a) for piece, (a, b) in zip(pieces, bounds, strict=True)]
-                values = _update(model, optimizer, scaler, counted, task, recipe, seed, state)
+            set_lr(self.optimizer, cosine(recipe.optimizer.lr, state.step, total))
+            samples = min(recipe.batch, len(self.task.train) - state.batch * recipe.batch)
+            bounds = self.share.bounds(samples)
+            with self.explained(bounds):
+                moved = [(*_moved(piece, self.device), b - a) for piece, (a, b) in zip(pieces, bounds, strict=True)]
+                values = self.update(moved)
             state.loss_sum += values["loss/train"]
             state.batch += 1
             state.step += 1
             if state.step % recipe.log_every == 0:
                 state.log.append((state.step, values))
-            observer.step(state.step, total, values)
+            self.observer.step(state.step, total, values)
             if time.monotonic() - last_save > 60 * recipe.checkpoint_minutes:
-                save()
+                self.save()
                 last_save = time.monotonic()
-        save()
-        row = _validate(model, task, recipe, state, device, workers, observer)
-        seconds = time.monotonic() - began
-        row |= {"loss/train_epoch": state.loss_sum / updates, "lr": optimizer.param_groups[0]["lr"]}
-        row |= peak_memory(device)
+
+    def end_epoch(self) -> None:
+        """Validates, and notes what came of the epoch."""
+        state, row = self.state, self.validate()
+        seconds = time.monotonic() - self.began
+        row |= {"loss/train_epoch": state.loss_sum / self.updates, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= peak_memory(self.device)
         log = [*state.log, (state.step, row)]
-        history = [*state.history, {"epoch": epoch + 1, "step": state.step, **row, "time/seconds": seconds}]
-        state = _State(epoch + 1, step=state.step, seconds=seconds, log=log, history=history)
-        save()
-    return state.history
+        history = [*state.history, {"epoch": state.epoch + 1, "step": state.step, **row, "time/seconds": seconds}]
+        self.state = _State(state.epoch + 1, step=state.step, seconds=seconds, log=log, history=history)
+
+    def update(self, pieces: Sequence[Piece]) -> Row:
+        """One update of the weights from a batch whose `pieces` are this process' part of it; its figures."""
+        start, state, scaler, term = time.perf_counter(), self.state, self.scaler, self.recipe.jacobian
+        _reseed(self.seed, state.step, part=0)
+        unrolled = self.recipe.warm_up.steps if self.recipe.warm_up else 0
+        weight = term.weight_at(state.step, state.epoch, unrolled) if term else 0.0
+        probes = term.probes if term and weight > 0 and float(torch.rand(())) < term.probability else 0
+        figures: dict[str, Tensor] = {}
+        seen: list[tuple[Tensor, Tensor]] = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for number, ((images, targets, _), share) in enumerate(zip(pieces, _shares(pieces, self.task), strict=True)):
+            if part := processes.rank() * len(pieces) + number:
+                _reseed(self.seed, state.step, part)
+            logits, own = self.backward(images, targets, share, weight, probes)
+            seen.append((images, logits))
+            figures = {name: figures.get(name, 0) + value for name, value in own.items()}
+        sums = torch.stack(list(figures.values()))
+        _add_up(self.model, sums)
+        values = dict(zip(figures, sums.tolist(), strict=True))  # here a GPU is waited for
+        _check_finite(values["loss/train"], [] if scaler.is_enabled() else list(self.model.parameters()), seen)
+        scaler.step(self.optimizer)  # skipped, where the scale was too large for float16
+        scaler.update()
+        if scaler.is_enabled():
+            values["loss/scale"] = scaler.get_scale()
+            if values["loss/scale"] < SMALLEST_SCALE:
+                raise _NotFinite("the gradient is not finite at any scale of the loss", [])
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        images = sum(n for *_, n in pieces) * processes.count()
+        values["time/images_per_second"] = images / (time.perf_counter() - start)
+        return values
+
+    def backward(
+        self, images: Tensor, targets: Tensor, share: Tensor, weight: float, probes: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds a piece's gradients to the weights': its logits and figures, which weigh `share` (2,) in the batch's.
+
+        `weight` and `probes` are the Jacobian term's.
+        """
+        warm_up = self.recipe.warm_up if self.recipe.warm_up and self.state.step < self.recipe.warm_up.steps else None
+        layers, softplus = (warm_up.layers, warm_up.softplus) if warm_up else (None, None)
+        adjoint: list[Solution] = []
+        if isinstance(self.model, Network):
+            self.model.backbone.on_backward = adjoint.append
+        with _autocast(images.device, self.recipe.precision):
+            prediction = predict(self.model, images, layers, probes, softplus)
+            loss = self.task.loss(prediction.logits, targets)
+        objective = share[0] * loss
+        figures = {"loss/train": objective.detach()}
+        if probes and prediction.equilibrium and prediction.equilibrium.jacobian is not None:
+            estimate = share[1] * prediction.equilibrium.jacobian
+            objective = objective + weight * estimate
+            figures["solver/jacobian"] = estimate.detach()
+        self.scaler.scale(objective).backward()
+        figures |= {name: share[1] * value for name, value in _solver_figures(prediction, adjoint).items()}
+        return prediction.logits.detach(), figures
+
+    def validate(self) -> Row:
+        """Validation at the equilibrium; during the warm-up unrolled as well, under names that end in _unrolled."""
+        task, recipe = self.task, self.recipe
+        judge = partial(
+            evaluate, self.model, task.validation,
+            batch=task.validation_batch or max(1, recipe.batch // (self.share.processes * recipe.accumulate)),
+            device=self.device, workers=self.workers, precision=recipe.precision, on_batch=self.observer.validating,
+        )  # fmt: skip
+        row = judge(task.metric())
+        if recipe.warm_up and self.state.step <= recipe.warm_up.steps:
+            unrolled = judge(task.metric(), unroll_steps=recipe.warm_up.layers)
+            row |= {f"{name}_unrolled": value for name, value in unrolled.items()}
+        return row
+
+    @contextlib.contextmanager
+    def explained(self, bounds: list[tuple[int, int]]) -> Iterator[None]:
+        """Says of what stops an update at which step it was, and which files made this part of the batch."""
+        task, state, size = self.task, self.state, self.recipe.batch
+        try:
+            yield
+        except (_NotFinite, MemoryError, RuntimeError) as error:
+            if isinstance(error, _NotFinite):
+                what, cure = str(error), "lower optimizer.lr or lengthen warm_up.steps"
+            elif processes.out_of_memory(error):
+                what, cure = "the memory does not suffice", "lower batch"
+            else:
+                raise
+            batch = order(len(task.train), self.seed, state.epoch)[state.batch * size :][:size]
+            indices = np.concatenate([batch[a:b] if a < b else batch[:1] for a, b in bounds])
+            if blamed := getattr(error, "samples", None):
+                indices = indices[blamed]
+            named = [task.train.name(int(index)) for index in indices[:NAMES]] + ["..."] * (len(indices) > NAMES)
+            where = f"epoch {state.epoch + 1}, {'of' if blamed else 'in a batch with'} {', '.join(named)}"
+            raise TrainingError(
+                f"{what} at step {state.step} ({where}); no weight has changed since the step before; {cure}"
+            ) from error
 
 
 def evaluate(
@@ -258,62 +381,6 @@ def peak_memory(device: str) -> Row:
     return row
 
 
-def _update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    pieces: Sequence[Piece],
-    task: Task,
-    recipe: Recipe,
-    seed: int,
-    state: _State,
-) -> Row:
-    """One update of the weights from a batch whose `pieces` are this process' part of it; its figures."""
-    start = time.perf_counter()
-    _reseed(seed, state.step, part=0)
-    warm_up = recipe.warm_up if recipe.warm_up and state.step < recipe.warm_up.steps else None
-    term = recipe.jacobian
-    weight = term.weight_at(state.step, state.epoch, recipe.warm_up.steps if recipe.warm_up else 0) if term else 0.0
-    probes = term.probes if term and weight > 0 and float(torch.rand(())) < term.probability else 0
-    shares = _shares(pieces, task)
-    figures: dict[str, Tensor] = {}
-    seen: list[tuple[Tensor, Tensor]] = []
-    optimizer.zero_grad(set_to_none=True)
-    for number, ((images, targets, _), share) in enumerate(zip(pieces, shares, strict=True)):
-        if part := processes.rank() * len(pieces) + number:
-            _reseed(seed, state.step, part)
-        adjoint: list[Solution] = []
-        if isinstance(model, Network):
-            model.backbone.on_backward = adjoint.append
-        with _autocast(images.device, recipe.precision):
-            layers, softplus = (warm_up.layers, warm_up.softplus) if warm_up else (None, None)
-            prediction = predict(model, images, layers, probes, softplus)
-            loss = task.loss(prediction.logits, targets)
-        objective = share[0] * loss
-        own = {"loss/train": objective.detach()}
-        if probes and prediction.equilibrium and prediction.equilibrium.jacobian is not None:
-            estimate = share[1] * prediction.equilibrium.jacobian
-            objective = objective + weight * estimate
-            own["solver/jacobian"] = estimate.detach()
-        scaler.scale(objective).backward()
-        seen.append((images, prediction.logits.detach()))
-        own |= {name: share[1] * value for name, value in _solver_figures(prediction, adjoint).items()}
-        figures = {name: figures.get(name, 0) + value for name, value in own.items()}
-    sums = torch.stack(list(figures.values()))
-    _add_up(model, sums)
-    values = dict(zip(figures, sums.tolist(), strict=True))  # here a GPU is waited for
-    _check_finite(values["loss/train"], [] if scaler.is_enabled() else list(model.parameters()), seen)
-    scaler.step(optimizer)  # skipped, where the scale was too large for float16
-    scaler.update()
-    if scaler.is_enabled():
-        values["loss/scale"] = scaler.get_scale()
-        if values["loss/scale"] < SMALLEST_SCALE:
-            raise _NotFinite("the gradient is not finite at any scale of the loss", [])
-    values["lr"] = optimizer.param_groups[0]["lr"]
-    values["time/images_per_second"] = sum(n for *_, n in pieces) * processes.count() / (time.perf_counter() - start)
-    return values
-
-
 def _reseed(seed: int, step: int, part: int) -> None:
     """Makes what is drawn next a function of (seed, step, part of the batch)."""
     torch.manual_seed((seed * 2_147_483_659 + part * 1_000_003_631 + step) % 2**63)
@@ -361,20 +428,6 @@ def _autocast(device: str | torch.device, precision: Precision) -> torch.autocas
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != "float32")
 
 
-def _validate(
-    model: nn.Module, task: Task, recipe: Recipe, state: _State, device: str, workers: int, observer: Observer
-) -> Row:
-    """Validation at the equilibrium; during the warm-up unrolled as well, under names that end in _unrolled."""
-    batch = task.validation_batch or max(1, recipe.batch // (processes.count() * recipe.accumulate))
-    judge = partial(evaluate, batch=batch, device=device, workers=workers, precision=recipe.precision)
-    run = partial(judge, model, task.validation, on_batch=observer.validating)
-    row = run(task.metric())
-    if recipe.warm_up and state.step <= recipe.warm_up.steps:
-        unrolled = run(task.metric(), unroll_steps=recipe.warm_up.layers)
-        row |= {f"{name}_unrolled": value for name, value in unrolled.items()}
-    return row
-
-
 class _NotFinite(Exception):
     """What is not finite, and which of the batch's samples are to blame; none if it is not known."""
 
@@ -392,26 +445,3 @@ def _check_finite(loss: float, parameters: list[nn.Parameter], seen: list[tuple[
     masks = [torch.cat([~torch.isfinite(piece[i]).flatten(1).all(1) for piece in seen]) for i in (0, 1)]
     blamed = next((mask for mask in masks if mask.any()), torch.zeros(0))
     raise _NotFinite(f"the {what}", blamed.nonzero()[:, 0].tolist())
-
-
-@contextlib.contextmanager
-def _explained(task: Task, recipe: Recipe, seed: int, state: _State, bounds: list[tuple[int, int]]) -> Iterator[None]:
-    """Says of what stops an update at which step it was, and which files made this part of the batch."""
-    try:
-        yield
-    except (_NotFinite, MemoryError, RuntimeError) as error:
-        if isinstance(error, _NotFinite):
-            what, cure = str(error), "lower optimizer.lr or lengthen warm_up.steps"
-        elif processes.out_of_memory(error):
-            what, cure = "the memory does not suffice", "lower batch"
-        else:
-            raise
-        batch = order(len(task.train), seed, state.epoch)[state.batch * recipe.batch :][: recipe.batch]
-        indices = np.concatenate([batch[a:b] if a < b else batch[:1] for a, b in bounds])
-        if blamed := getattr(error, "samples", None):
-            indices = indices[blamed]
-        names = ", ".join(task.train.name(int(index)) for index in indices[:NAMES]) + ", ..." * (len(indices) > NAMES)
-        raise TrainingError(
-            f"{what} at step {state.step} (epoch {state.epoch + 1}, {'of' if blamed else 'in a batch with'} {names}); "
-            f"no weight has changed since the step before; {cure}"
-        ) from error
