@@ -29,8 +29,8 @@ class Machine:
     """Where a stage runs.
 
     Attributes:
-        root: The repository: `data/`, `work/` and the MLflow store live below it. Results do not: they are
-            relative to the working directory, which DVC moves for a queued experiment.
+        root: The repository: `data/`, `work/` and the MLflow store live below it. Results and drawn data do not:
+            they are relative to the working directory, which DVC moves for a queued experiment.
         device: A torch device, checked to exist: cpu, cuda, cuda:0, mps.
         workers: Loader processes; 0 loads in the training process.
         threads: torch's CPU threads; None leaves torch's own choice.

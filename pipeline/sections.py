@@ -292,7 +292,8 @@ def _made(results: Results, facts: dict[str, str | int]) -> Section:
     rows = []
     for stage, found in results.measured().items():
         run, seconds = str(found.get("run") or ""), found.get("time/seconds")
-        device, shown = str(found.get("device", "unknown")), f"`{run}`" if run else "–"
+        name = f"tags.mark = '{run}'" if run.endswith("-mark") else run  # a search where the store had not answered
+        device, shown = str(found.get("device", "unknown")), f"`{name}`" if run else "–"
         cells = [stage, device, short_commit(found), _time(seconds), shown]
         rows.append(Row(cells, anchor=f"run-{run[:8]}" if run else ""))
     headings = ["stage", "device", "commit", "time", "run in MLflow (`make ui`)"]

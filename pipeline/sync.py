@@ -18,17 +18,16 @@ from pipeline.data.manifest import checksum
 from pipeline.machine import Machine
 
 PREPARED = "results/data/*/summary.json"
+FILES = ("results/*/*/metrics.json", PREPARED, "results/benchmark/runtime.json", "results/report/results.json")
 
 
 def run(machine: Machine) -> Iterator[tuple[Path, bool]]:
     """Each stage's folder whose run was lacking, and whether all of it has arrived."""
-    results = Path("results")
-    for file in sorted([*results.glob("*/*/metrics.json"), *Path().glob(PREPARED), results / "benchmark/runtime.json"]):
-        if file.exists():
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            mark = facts.get("run") or checksum(file.read_bytes())
-            if tracking.lacking(machine, mark):
-                yield file.parent, _hand_over(machine, file, facts, mark)
+    for file in sorted(file for pattern in FILES for file in Path().glob(pattern)):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        mark = facts.get("run") or checksum(file.read_bytes())
+        if tracking.lacking(machine, mark):
+            yield file.parent, _hand_over(machine, file, facts, mark)
 
 
 def _hand_over(machine: Machine, file: Path, facts: dict[str, Any], mark: str) -> bool:
@@ -52,7 +51,7 @@ def _hand_over(machine: Machine, file: Path, facts: dict[str, Any], mark: str) -
         if (trace := file.with_name("trace.csv")).exists():
             for step, row in tracking.curves(pd.read_csv(trace)):
                 tracker.metrics(row, step)
-        for output in sorted(path for path in file.parent.iterdir() if path.is_file()):
+        for output in sorted(path for path in file.parent.iterdir() if path.is_file() or path.name == "figures"):
             if output.name == "model.pt":
                 tracker.model(output, segments=stage == "finetune")
             else:
@@ -77,5 +76,5 @@ def _numbers(facts: dict[str, Any]) -> dict[str, float]:
         for name, entry in facts.get("models", {}).items()
         for measure, value in entry["relative"].items()
     }
-    numbers = tracking.finite(facts | relative)
+    numbers = tracking.finite(facts | relative | facts.get("headline", {}))
     return {name: v for name, v in numbers.items() if "/" in name or name in ("parameters", "flops")}

@@ -8,6 +8,8 @@ stage ends, `sync` hands over from the stage's files.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -23,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from pipeline.machine import Machine, commit, versions
 
@@ -108,7 +110,7 @@ def _mark(record: Path | None) -> str:
     """By which a run is found again; noted before the run is made, so that a kill in between leaves no second one."""
     mark = record.read_text(encoding="utf-8") if record and record.exists() else ""
     if not mark:
-        mark = uuid.uuid4().hex
+        mark = f"{uuid.uuid4().hex}-mark"
         if record:
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(mark, encoding="utf-8")
@@ -133,6 +135,7 @@ class MlflowTracker:
         self._client: Any = None  # MlflowClient, once the store has answered
         self._experiment = ""
         self._parent: str | None = None  # the run of the whole pipeline, if DVC runs this stage
+        self._note: IO[str] | None = None  # says that the run goes on
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._rows: list[Any] = []  # mlflow.entities.Metric; appended by the stage, taken away by the thread
         self._told: dict[str, int] = {}  # metric -> the last step that the stage told
@@ -153,8 +156,10 @@ class MlflowTracker:
 
         def begin() -> None:
             self._client, self._experiment = open_store(self._machine)
-            if watch and "DVC_STAGE" in os.environ:
-                self._parent = _whole(self._client, self._experiment, self._machine)
+            if watch:
+                if "DVC_STAGE" in os.environ:
+                    self._parent = _whole(self._client, self._experiment, self._machine)
+                self._note = _noted(self._machine, mark, self._parent or "")
             whole = self._parent if stage == "report" else None  # the whole's run is the one that has its report
             found = _find(self._client, self._experiment, whole or mark)
             if found and found.info.lifecycle_stage == "active":
@@ -165,6 +170,8 @@ class MlflowTracker:
                 if self._parent:
                     tags["mlflow.parentRunId"] = self._parent
                 self.run_id = self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
+            if self._note:
+                print(self.run_id, file=self._note, flush=True)
             self._begun.set()
 
         def describe() -> None:
@@ -230,6 +237,9 @@ class MlflowTracker:
     def _end(self, status: str) -> None:
         for run_id in filter(None, {self.run_id, self._parent}):
             self._client.set_terminated(run_id, status)
+        if self._note:
+            Path(self._note.name).unlink(missing_ok=True)
+            self._note.close()
 
     def _work(self, first: list[Callable[[], None]]) -> None:
         """The thread: one job after the other; one that meets no store is tried again, at the end once more."""
@@ -271,8 +281,9 @@ class MlflowTracker:
 
     def _reopen(self, run: Run) -> None:
         self._client.update_run(run.info.run_id, status="RUNNING")
-        # the latest step of each metric, without reading whole histories; MLflow has no public name for it
-        self._known = {metric.key: metric.step for metric in run.data._metric_objs}
+        if run.info.run_id != self._parent:  # to which each report brings its own numbers
+            # the latest step of each metric, without reading whole histories; MLflow has no public name for it
+            self._known = {metric.key: metric.step for metric in run.data._metric_objs}
         self._described = run.data.params.keys()
         self.run_id = run.info.run_id
 
@@ -334,7 +345,10 @@ class MlflowTracker:
 
 
 def open_store(machine: Machine) -> tuple[MlflowClient, str]:
-    """A client of the store and the experiment's id; makes both when missing, one process at a time."""
+    """A client of the store and the experiment's id; makes both when missing, one process at a time.
+
+    Runs that a killed process left open are closed.
+    """
     _quieten()
     from mlflow import MlflowClient
 
@@ -346,11 +360,40 @@ def open_store(machine: Machine) -> tuple[MlflowClient, str]:
         if local:
             _create(Path(uri.removeprefix("sqlite:///")))
         client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(name)
-        if experiment is not None:
-            return client, experiment.experiment_id
-        where = (machine.root / "mlartifacts").as_uri() if local else None
-        return client, client.create_experiment(name, artifact_location=where, tags=_experiment_tags())
+        if found := client.get_experiment_by_name(name):
+            experiment = found.experiment_id
+        else:
+            where = (machine.root / "mlartifacts").as_uri() if local else None
+            experiment = client.create_experiment(name, artifact_location=where, tags=_experiment_tags())
+    _close_abandoned(client, experiment, machine)
+    return client, experiment
+
+
+def _notes(machine: Machine) -> Path:
+    """Where the runs of this store that go on are noted, a file each."""
+    store = hashlib.md5(str(machine.tracking_uri).encode(), usedforsecurity=False).hexdigest()
+    return machine.root / "work" / "runs" / store[:8]
+
+
+def _noted(machine: Machine, *marks: str) -> IO[str]:
+    """A note of a run and that of the whole, locked until it is closed: the kernel frees it however a process ends."""
+    _notes(machine).mkdir(parents=True, exist_ok=True)
+    note = (_notes(machine) / marks[0]).open("a", encoding="utf-8")
+    fcntl.flock(note, fcntl.LOCK_SH)
+    print(*marks, file=note, flush=True)
+    return note
+
+
+def _close_abandoned(client: MlflowClient, experiment: str, machine: Machine) -> None:
+    """Marks as killed the noted runs whose process is gone; a stage that goes on opens its own again."""
+    for path in _notes(machine).glob("*"):
+        with contextlib.suppress(OSError), path.open(encoding="utf-8") as note:
+            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError where it is still held
+            for mark in note.read().split():
+                run = _find(client, experiment, mark)
+                if run and (run.info.status, run.info.lifecycle_stage) == ("RUNNING", "active"):
+                    client.set_terminated(run.info.run_id, "KILLED")
+            path.unlink()
 
 
 def _create(database: Path) -> None:
@@ -443,7 +486,9 @@ def lacking(machine: Machine, mark: str) -> bool:
         run = _find(*open_store(machine), mark)
     except MlflowException as error:
         raise StoreError(f"the MLflow store does not answer: {_one_line(error)}") from None
-    return run is None or (run.info.status != "FINISHED" and run.info.lifecycle_stage == "active")
+    if run is None or "whole" in run.data.tags:  # that has its report, whatever failed since
+        return run is None
+    return run.info.status != "FINISHED" and run.info.lifecycle_stage == "active"
 
 
 def serve(machine: Machine, port: int) -> int:

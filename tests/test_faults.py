@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
@@ -44,13 +45,15 @@ import importlib, json, mlflow, os, signal, socket, sys, time
 import matplotlib.pyplot, mlflow.entities, mlflow.store.tracking.sqlalchemy_store, pandas, torch, torch._dynamo
 import mlflow.system_metrics.system_metrics_monitor
 from pipeline import checkpoints, cli, experiment, figures, progress, sync, tracking, train_params
-from pipeline.stages import classify, prepare
+from pipeline.data import imagenet
+from pipeline.stages import classify, evaluate, prepare
 from pathlib import Path
 
 PLACES = {
     "before the write": (checkpoints, "write_atomically"), "before the rename": (Path, "replace"),
     "before the metrics are sent": (progress.Progress, "saved"), "in validation": (progress.Progress, "validating"),
     "after an update": (progress.Progress, "step"), "after the run is made": (mlflow.MlflowClient, "create_run"),
+    "in a loader": (imagenet.ImageNet, "__getitem__"),
 }
 
 def answers(port):
@@ -156,6 +159,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
     params = small(yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8")))
     params["prepare"]["cifar10"]["generated"] |= {"train": 96, "test": 32}
     params["classify"]["mdeq-small"] |= {"batch": 8, "augment": True}
+    params["pretrain"]["mdeq-small"] |= {"batch": 3}
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
     stages = Stages(folder)
@@ -238,6 +242,40 @@ def test_however_it_is_stopped_it_ends_with_the_very_same(stages: Stages) -> Non
     shutil.rmtree(results)
 
 
+def test_a_stage_without_a_state_leaves_no_run_open(stages: Stages) -> None:
+    """Killed with SIGKILL, its run and that of the whole are closed by whatever opens the store next."""
+    store, results = client(stages.folder), stages.folder / "results"
+    shutil.copytree(stages.folder / "whole", results / "classify" / "mdeq-small", dirs_exist_ok=True)
+    evaluate = ("evaluate", "cifar10", "mdeq-small")
+    code, _ = stages.run(*evaluate, hit=("after the run is made", 2, 9), DVC_STAGE="evaluate", DVC_EXP_NAME="killed")
+    assert code == -9
+    assert [run.info.status for stage in ("evaluate", "pipeline") for run in runs(store, stage)] == ["RUNNING"] * 2
+    code, said = stages.run(*evaluate)
+    assert code == 0, said
+    assert sorted(run.info.status for run in runs(store, "evaluate")) == ["FINISHED", "KILLED"]
+    assert [run.info.status for run in runs(store, "pipeline")] == ["KILLED"]
+    assert not list((stages.folder / "work" / "runs").rglob("*-mark"))
+    assert stages.run("report")[0] == 0
+    code, said = stages.run("sync")
+    assert code == 0 and "report" not in said, said
+    for name in ("classify", "evaluate", "report"):
+        shutil.rmtree(results / name)
+
+
+def test_a_killed_loader_process_changes_nothing(stages: Stages) -> None:
+    options = {"MDEQ_WORKERS": "1", "MDEQ_TRACKING": "off"}
+    assert stages.run("prepare", "imagenet", **options)[0] == 0
+    results = stages.folder / "results" / "pretrain" / "mdeq-small"
+    assert stages.run("pretrain", "mdeq-small", **options)[0] == 0
+    whole = shutil.move(results, stages.folder / "pretrained")
+    code, said = stages.run("pretrain", "mdeq-small", hit=("in a loader", 5, 9), **options)
+    assert code == 2 and "lower MDEQ_WORKERS" in said and list(stages.folder.glob("work/pretrain-*/*/*.pt")), said
+    code, said = stages.run("pretrain", "mdeq-small", **options)
+    assert code == 0 and same_weights(results, whole), said
+    shutil.rmtree(results.parent)
+    shutil.rmtree(stages.folder / "results" / "data" / "imagenet")
+
+
 HASTE = [("pipeline.tracking", "SECONDS_AT_START", 0.2), ("pipeline.tracking", "SECONDS_AT_END", 0.2)]
 
 
@@ -253,9 +291,10 @@ def test_a_locked_store_gets_all_of_the_run_afterwards(stages: Stages) -> None:
     assert facts(results) == facts(stages.folder / "whole")
 
     code, said = stages.run("sync")
-    assert (code, said) == (0, "results/classify/mdeq-small: its run is in the store now\n")
+    assert code == 0 and "results/classify/mdeq-small: its run is in the store now\n" in said, said
     assert stages.run("sync") == (0, "")
     (run,) = [run for run in runs(store) if run.info.run_id not in known]
+    assert json.loads((results / "metrics.json").read_text())["run"] == run.data.tags["mark"]  # which is no run's id
     whole = json.loads((stages.folder / "whole" / "metrics.json").read_text())["run"]
     assert run.info.status == "FINISHED" and run.data.tags["machine.torch"] == version("torch")
     assert recorded(store, run.info.run_id) == recorded(store, whole)
@@ -274,14 +313,19 @@ def test_restored_stages_have_their_runs_made_of_their_files(stages: Stages) -> 
     (convergence / "metrics.json").write_text('{"broyden/residual": 0.25, "builds_on": "a classify", "run": ""}')
     rows = ["solver,batch,evaluation,change,residual", "broyden,0,1,,1.0", "broyden,0,2,0.5,0.5"]
     (convergence / "trace.csv").write_text("\n".join([*rows, "broyden,1,1,,1.0", "broyden,1,2,1.0,0.0"]))
+    report = stages.folder / "results" / "report"
+    (report / "figures").mkdir(parents=True)
+    (report / "figures" / "a.svg").touch()
+    (report / "results.json").write_text('{"headline": {"cifar10/mdeq-small": 50.0}}')
     store, other = client(stages.folder, "other.db"), {"MLFLOW_TRACKING_URI": f"sqlite:///{stages.folder}/other.db"}
-    lacking = ("classify/mdeq-small", "convergence/cifar10", "data/cifar10")
+    lacking = ("classify/mdeq-small", "convergence/cifar10", "data/cifar10", "report")
     assert stages.run("sync", **other) == (
         0,
         "".join(f"results/{name}: its run is in the store now\n" for name in lacking),
     )
     assert stages.run("sync", **other) == (0, "")
     shutil.rmtree(convergence.parent)
+    shutil.rmtree(report)
     (run,) = runs(store)
     assert run.info.status == "FINISHED" and run.data.params == {"batch": "8"}
     whole = json.loads((results / "metrics.json").read_text())["run"]
@@ -296,6 +340,9 @@ def test_restored_stages_have_their_runs_made_of_their_files(stages: Stages) -> 
     (run,) = runs(store, "prepare")
     summary = json.loads((stages.folder / "results/data/cifar10/summary.json").read_text())
     assert [entry.dataset.digest for entry in run.inputs.dataset_inputs] == [summary["manifest"][:36]]
+    (run,) = runs(store, "report")
+    assert run.data.metrics == {"cifar10/mdeq-small": 50.0}
+    assert [file.path for file in store.list_artifacts(run.info.run_id)] == ["figures", "results.json"]
 
 
 def test_a_server_that_never_answers_holds_nothing_up_and_no_secret_is_told(stages: Stages) -> None:
@@ -309,7 +356,7 @@ def test_a_server_that_never_answers_holds_nothing_up_and_no_secret_is_told(stag
     assert not [path for path in written if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(stages: Stages) -> Iterator[tuple[str, list[subprocess.Popen]]]:
     """An MLflow server before the store, in a group of its own: its address, and a list to which a second one is added
     when the first one was killed."""
@@ -343,6 +390,46 @@ def server(stages: Stages) -> Iterator[tuple[str, list[subprocess.Popen]]]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     again.join()
+
+
+@contextlib.contextmanager
+def slowly(port: int, seconds: float) -> Iterator[str]:
+    """The address of a proxy that passes on each answer of a server only after some seconds."""
+
+    class Proxy(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", port)) as server, contextlib.suppress(OSError):
+                threading.Thread(target=copy, args=(self.request, server, 0.0), daemon=True).start()
+                copy(server, self.request, seconds)
+
+    def copy(source: socket.socket, target: socket.socket, delay: float) -> None:
+        with contextlib.suppress(OSError):
+            while sent := source.recv(1 << 16):
+                time.sleep(delay)
+                target.sendall(sent)
+            target.shutdown(socket.SHUT_WR)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_address[1]}"
+        proxy.shutdown()
+
+
+def test_a_slow_server_gets_all_of_the_run_afterwards(
+    stages: Stages, server: tuple[str, list[subprocess.Popen]]
+) -> None:
+    address, _ = server
+    store, known = client(stages.folder), {run.info.run_id for run in runs(client(stages.folder))}
+    with slowly(int(address.rpartition(":")[2]), seconds=1.0) as slow:
+        code, said = stages.train(settings=HASTE, MLFLOW_TRACKING_URI=slow)
+    assert code == 0 and said.count("tracking: ") == 1 and "Traceback" not in said, said
+    assert same_weights(stages.folder / "results" / "classify" / "mdeq-small", stages.folder / "whole")
+    code, said = stages.run("sync", MLFLOW_TRACKING_URI=address)
+    assert code == 0 and "results/classify/mdeq-small: its run is in the store now" in said, said
+    (run,) = [run for run in runs(store) if run.info.run_id not in known]
+    whole = json.loads((stages.folder / "whole" / "metrics.json").read_text())["run"]
+    assert run.info.status == "FINISHED" and recorded(store, run.info.run_id) == recorded(store, whole)
 
 
 def test_a_server_that_freezes_or_dies_amid_a_stage(stages: Stages, server: tuple[str, list[subprocess.Popen]]) -> None:
@@ -380,6 +467,7 @@ def test_two_clones_and_dvcs_queue_at_once_on_one_store(stages: Stages, tmp_path
     yaml = YAML(typ="safe")
     params = yaml.load((shorter / "params.yaml").read_text())
     params["classify"]["mdeq-small"]["epochs"] = 1
+    params["prepare"]["cifar10"]["generated"]["train"] = 64  # what the other one trains on stays
     yaml.dump(params, shorter / "params.yaml")
     shared = {"MLFLOW_TRACKING_URI": f"sqlite:///{stages.folder / 'mlflow.db'}"}
     queue = [{"folder": folder, "DVC_ROOT": str(tmp_path / "root"), **shared} for folder in (queued, shorter)]
@@ -387,6 +475,7 @@ def test_two_clones_and_dvcs_queue_at_once_on_one_store(stages: Stages, tmp_path
     assert stages.run_all(*(stages.job("prepare", "cifar10", **options) for options in queue)) == [0, 0]
     trainings = [stages.job("classify", "mdeq-small", **options) for options in ({"folder": clone, **shared}, *queue)]
     assert stages.run_all(*trainings) == [0, 0, 0]
+    assert json.loads((shorter / "results/data/cifar10/summary.json").read_text())["images"]["train"] == 64
     out = "results/classify/mdeq-small"
     assert same_weights(clone / out, stages.folder / "whole") and same_weights(queued / out, clone / out)
     new = [run for run in runs(store) if run.info.run_id not in known]

@@ -18,7 +18,7 @@ from pipeline.paper import TABLE_1, TABLE_2, TABLE_3, TABLES
 from pipeline.results import data_statement, iou_by_class, lines, read
 from pipeline.stages import report
 
-RUN = "00ab54aa9d8f4a5db4a8e9ff17a0c9a1"
+RUN, MARK = "00ab54aa9d8f4a5db4a8e9ff17a0c9a1", "51cafe9d8f4a5db4a8e9ff17a0c9a100-mark"
 FACTS = {"device": "Test CPU", "commit": "0123456789abcdef", "torch": "2.14.1"}
 SUMMARY = {"set": "cifar10", "source": "generated", "classes": 10, "images": {"train": 4000, "test": 1000}}
 
@@ -62,7 +62,7 @@ def tree(root: Path) -> None:
     )
     picture(evaluation / "examples.png")
     picture(evaluation / "confusion.png")
-    convergence = {"model": "mdeq-small", "batches": 2, "batch": 4, **FACTS}
+    convergence = {"model": "mdeq-small", "batches": 2, "batch": 4, "run": MARK, **FACTS}
     trace = []
     for solver_name, rate in (("broyden", 0.5), ("fixed_point", 0.8)):
         convergence |= {f"{solver_name}/residual": rate**5, f"{solver_name}/residual_std": 0.001}
@@ -159,7 +159,7 @@ def test_every_row_of_the_paper_is_there_measured_or_with_its_reason(here: Path)
 def test_the_page_is_one_file_that_nests_and_loads_nothing(here: Path) -> None:
     tree(here / "results")
     report.run(Machine(here))
-    page, _, _ = written()
+    page, text, _ = written()
     parser = Wellformed()
     parser.feed(page)
     assert parser.open == []
@@ -168,6 +168,7 @@ def test_the_page_is_one_file_that_nests_and_loads_nothing(here: Path) -> None:
     links = [link for link in parser.links if link != "data:,"]  # no icon is asked for
     assert all(link.startswith("#") and link[1:] in parser.ids for link in links)
     assert '<a href="#run-00ab54aa">72.4</a>' in page and f"<code>{RUN}</code>" in page
+    assert f"`tags.mark = '{MARK}'`" in text  # the store had not answered; so it is found
     assert "<script" not in page and not re.search(r"@import|url\((?!#)", page)
     assert not re.search(r'(?<!xmlns=")(?<!xmlns:xlink=")https?://', page.replace("http://www.w3.org/", ""))
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page

@@ -89,9 +89,11 @@ def read_summary(name: str) -> dict[str, Any]:
 
 
 def data_root(name: str, source: str, machine: Machine) -> Path:
-    """Return where the set lies: what the environment says, else data/generated/<set> or data/<set>."""
-    own = Path("generated", name) if source == "generated" else Path(name)
-    return machine.data_roots.get(name, machine.root / "data" / own)
+    """Return where the set lies: what the environment says, else data/<set>; data/generated/<set> of the working
+    directory if it is drawn, so that experiments that DVC queues draw other data each for itself.
+    """
+    own = Path.cwd() / "data/generated" if source == "generated" else machine.root / "data"
+    return machine.data_roots.get(name, own / name)
 
 
 def located(name: str, machine: Machine) -> tuple[Path, Path]:

@@ -83,7 +83,8 @@ def _run(name: str, params: PrepareParams, machine: Machine) -> None:
             form.download(root)
     found = form.find(root)
     stamps = [[[path, *_stamp(f"{root}/{path}")] for path in one.files] for one in found]
-    kept = machine.root / "work" / f"prepare-{name}" / _fingerprint(name, params, root)
+    work = (Path.cwd() if params.source == "generated" else machine.root) / "work"
+    kept = work / f"prepare-{name}" / _fingerprint(name, params, root)
     seen = checksum(json.dumps(stamps).encode())
     target = Path("results") / "data" / name
     if _kept(kept / "seen.json") == seen:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from pipeline import figures, page, tracking
+from pipeline.data.manifest import checksum
 from pipeline.machine import Machine
 from pipeline.paper import TABLES
 from pipeline.results import Line, Results, data_statement, lines, read
@@ -39,21 +40,21 @@ def run(machine: Machine) -> None:
         for part in section.parts:
             if isinstance(part, figures.Drawn):
                 figures.save(part.figure, OUT / "figures" / f"{part.name}.svg")
+    record = _record(results, tables)
     written = {
         "index.html": page.document(TITLE, LEAD, notice, parts),
         "results.md": "\n".join(page.markdown(TITLE, notice, parts)).rstrip() + "\n",
-        "results.json": json.dumps(_record(results, tables), indent=2, ensure_ascii=False) + "\n",
+        "results.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
     }
     OUT.mkdir(parents=True, exist_ok=True)
     with tracking.start("report", None, None, machine) as tracker:
+        tracker.tag("mark", checksum(written["results.json"].encode()))  # as sync reckons it
         for name, content in written.items():
             (OUT / name).write_text(content, encoding="utf-8")
             tracker.artifact(OUT / name)
         for drawn in sorted((OUT / "figures").glob("*.svg")):
             tracker.artifact(drawn, "figures")
-        found = {f"{dataset}/{model}": facts for (dataset, model), facts in results.evaluation.items()}
-        headline = {name: facts.get("eval/top1", facts.get("eval/miou")) for name, facts in found.items()}
-        tracker.metrics({name: round(value, 2) for name, value in tracking.finite(headline).items()}, step=0)
+        tracker.metrics(record["headline"], step=0)
 
 
 def _notice(results: Results, every: list[Line]) -> list[str]:
@@ -105,7 +106,10 @@ def _grid(table: dict[str, Any]) -> Grid:
 
 
 def _record(results: Results, tables: dict[int, list[Line]]) -> dict[str, Any]:
+    found = {f"{dataset}/{model}": facts for (dataset, model), facts in results.evaluation.items()}
+    headline = {name: facts.get("eval/top1", facts.get("eval/miou")) for name, facts in found.items()}
     return {
+        "headline": {name: round(value, 2) for name, value in tracking.finite(headline).items()},
         "tables": [
             {
                 "number": table.number,
@@ -118,8 +122,8 @@ def _record(results: Results, tables: dict[int, list[Line]]) -> dict[str, Any]:
         ],
         "figures": {"4b": results.runtime or {}, "5": results.convergence},
         "solver": {
-            f"{dataset}/{model}": {key: value for key, value in found.items() if key.startswith("solver/")}
-            for (dataset, model), found in results.evaluation.items()
+            name: {key: value for key, value in facts.items() if key.startswith("solver/")}
+            for name, facts in found.items()
         },
         "data": {dataset: data_statement(results, dataset, {})[0] for dataset in results.data},
         "problems": results.problems,
