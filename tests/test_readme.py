@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from functools import cache
@@ -217,6 +218,23 @@ def test_the_figures_about_equilibria_are_measured_or_reckoned() -> None:
     for kind, part in (("forward_residual", 1 / 2), ("backward_residual", 1 / 3)):
         assert ours[kind] / paper[kind] == pytest.approx(part, rel=0.1)
     assert ours["wall"] == pytest.approx(paper["wall"], rel=0.05)
+
+    swept, solvers = measured("sweep"), ("Broyden", "Anderson", "GMRES")
+    forward, adjoint = ({n: c["residual"] for n, c in swept[key].items()} for key in ("forward", "adjoint"))
+    assert "gain a digit every five evaluations" in page
+    assert all(4.5 < 24 / math.log10(forward[name][5] / forward[name][29]) < 5.5 for name in solvers[:2])
+    assert "iterating f slows down at a residual of 0.01" in page and 0.005 < forward["iterating f"][29] < 0.01
+    assert "the accuracy has arrived after eight" in page and "GMRES is the lowest curve" in page
+    assert all(max(c["accuracy"][7:]) - min(c["accuracy"][7:]) < 0.02 for c in swept["forward"].values())
+    assert all(low <= min(others) for low, *others in zip(*(adjoint[n] for n in reversed(solvers)), strict=True))
+    near, rough = (
+        {name: dict(zip(c["products"], c["cosine"], strict=True)) for name, c in swept["gradients"][z].items()}
+        for z in ("converged", "budget")
+    )
+    assert "ten products give a gradient within 1e-3" in page and "past fourteen that one drifts off" in page
+    assert all(1 - near[name][10] < 1e-3 for name in (*solvers, "phantom, damping 1"))
+    assert near["phantom, damping 1"][14] > max(near["phantom, damping 1"][n] for n in (10, 20, 30))
+    assert "at the same distance, 2e-4" in page and all(1.5e-4 < 1 - rough[n][30] < 2.5e-4 for n in solvers)
 
     rows = measured("video")["rows"]
     assert video.markdown(rows) in TEXTS["docs/equilibrium.md"] and "All solves reached the tolerance" in page
