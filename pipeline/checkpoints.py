@@ -136,6 +136,8 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):  # one was killed, of which torch tells whatever goes on
+            raise
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be written ({reason}); {_room(path, content)}the previous file is kept"

@@ -49,7 +49,7 @@ def errors(path: Path) -> list[str]:
     return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "params/paper.yaml", "params/all.yaml"])
+@pytest.mark.parametrize("name", ["params.yaml", "params/paper.yaml", "params/all.yaml", "params/soak.yaml"])
 def test_what_we_ship_is_right(repository: Path, name: str) -> None:
     params.check(repository / name)
 
