@@ -377,11 +377,14 @@ def _notes(machine: Machine) -> Path:
 
 def _noted(machine: Machine, *marks: str) -> IO[str]:
     """A note of a run and that of the whole, locked until it is closed: the kernel frees it however a process ends."""
-    _notes(machine).mkdir(parents=True, exist_ok=True)
-    note = (_notes(machine) / marks[0]).open("a", encoding="utf-8")
-    fcntl.flock(note, fcntl.LOCK_SH)
-    print(*marks, file=note, flush=True)
-    return note
+    path = _notes(machine) / marks[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        note = path.open("a", encoding="utf-8")
+        fcntl.flock(note, fcntl.LOCK_SH)
+        if path.exists():  # else another process took it, not locked yet, for an abandoned one
+            print(*marks, file=note, flush=True)
+            return note
 
 
 def _close_abandoned(client: MlflowClient, experiment: str, machine: Machine) -> None:

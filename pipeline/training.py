@@ -161,7 +161,6 @@ class _Run:
         half = self.recipe.precision == "float16"
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=half)
         self.updates = math.ceil(len(self.task.train) / self.recipe.batch)  # an epoch
-        self.began = time.monotonic()
 
     def resume(self) -> None:
         """Goes back to what the store holds, if anything."""

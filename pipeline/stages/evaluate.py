@@ -121,8 +121,8 @@ def accuracy_by_steps(
         limited = answers_by_steps(network, images.to(machine.device), targets.shape[1:], up_to)
         for own, logits in zip(measures, limited, strict=True):
             own.update(logits, targets.to(machine.device))
-    found = [own.compute() for own in measures]
-    return {"by_steps": {str(i): own.get("eval/top1", own.get("eval/miou", 0.0)) for i, own in enumerate(found, 1)}}
+    name = "eval/top1" if isinstance(measures[0], TopK) else "eval/miou"
+    return {"by_steps": {str(steps): own.compute()[name] for steps, own in enumerate(measures, 1)}}
 
 
 @torch.no_grad()
