@@ -195,6 +195,9 @@ def _recipe(params: TrainParams) -> Recipe:
         jacobian=params.jacobian,
         precision=params.precision,
         checkpoint_minutes=params.checkpoint_minutes,
+        starts=params.starts,
+        average=params.average,
+        rise=params.rise,
     )
 
 

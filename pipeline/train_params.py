@@ -26,7 +26,7 @@ from pipeline.params import (
     Ranges,
     Section,
 )
-from pipeline.recipe import Adam, JacobianTerm, Precision, Sgd, WarmUp
+from pipeline.recipe import Adam, JacobianTerm, Muon, Precision, Sgd, Starts, WarmUp
 
 Positive = Field(gt=0)
 Natural = Field(ge=1)
@@ -60,7 +60,8 @@ SegmentationHeadParams = Annotated[SegmentationHeadConfig, Ranges()]
 _Decay = Field(ge=0)
 OptimizerParams = Annotated[
     Annotated[Adam, Ranges(lr=Positive, weight_decay=_Decay)]
-    | Annotated[Sgd, Ranges(lr=Positive, weight_decay=_Decay, momentum=Field(ge=0, lt=1))],
+    | Annotated[Sgd, Ranges(lr=Positive, weight_decay=_Decay, momentum=Field(ge=0, lt=1))]
+    | Annotated[Muon, Ranges(lr=Positive, weight_decay=_Decay)],
     Field(discriminator="kind"),
 ]
 WarmUpParams = Annotated[WarmUp, Ranges(layers=Natural, steps=Field(ge=0), softplus=Positive)]
@@ -115,6 +116,10 @@ class TrainParams(Section):
         description="one training each; metrics are their mean and spread, the model is the first one's",
     )
     augment: bool
+    starts: Annotated[Starts, Ranges()] | None = None
+    average: float = Field(default=0.0, ge=0, lt=1)
+    rise: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: Precision = "float32"
     checkpoint_minutes: float = Field(default=5.0, gt=0, description="between two saves of the resumable state")
 

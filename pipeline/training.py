@@ -14,13 +14,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdeq import Network, Prediction, Solution
 from pipeline import processes
@@ -136,6 +138,8 @@ def train(
         run.save()
         run.end_epoch()
         run.save()
+    if run.averaged is not None:
+        run.model.load_state_dict(run.averaged.module.state_dict())
     return run.state.history
 
 
@@ -161,6 +165,13 @@ class _Run:
         half = self.recipe.precision == "float16"
         self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=half)
         self.updates = math.ceil(len(self.task.train) / self.recipe.batch)  # an epoch
+        self.averaged: nn.Module | None = None
+        if self.recipe.average:
+            average = get_ema_multi_avg_fn(self.recipe.average)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.states = None
+        if self.recipe.starts is not None and isinstance(self.model, Network):
+            self.states = LastStates(self.store.path.parent / f"{self.store.path.stem}-states", len(self.task.train))
 
     def resume(self) -> None:
         """Goes back to what the store holds, if anything."""
@@ -169,6 +180,8 @@ class _Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved.get("scaler", {}))
+            if self.averaged is not None:
+                self.averaged.load_state_dict(saved["averaged"])
             self.state = _State(**saved["state"])
             self.observer.saved(self.state.log)
         self.began = time.monotonic() - self.state.seconds
@@ -177,6 +190,8 @@ class _Run:
         self.state.seconds = time.monotonic() - self.began
         if self.share.rank == 0:
             parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+            if self.averaged is not None:
+                parts["averaged"] = self.averaged
             self.store.save({name: part.state_dict() for name, part in parts.items()} | {"state": vars(self.state)})
         self.observer.saved(self.state.log)
 
@@ -189,13 +204,20 @@ class _Run:
             share=self.share, workers=self.workers,
         )  # fmt: skip
         last_save = time.monotonic()
+        sample_order = order(len(self.task.train), self.seed, state.epoch)
+        if self.states is not None:
+            self.states.begin(state.epoch)
         for pieces in zip(*[iter(loader)] * recipe.accumulate, strict=True):
-            set_lr(self.optimizer, cosine(recipe.optimizer.lr, state.step, total))
+            set_lr(self.optimizer, cosine(1.0, state.step, total, recipe.rise))
             samples = min(recipe.batch, len(self.task.train) - state.batch * recipe.batch)
             bounds = self.share.bounds(samples)
+            batch = sample_order[state.batch * recipe.batch :]
+            self.indices = [batch[a:b] if a < b else batch[:1] for a, b in bounds]
             with self.explained(bounds):
                 moved = [(*_moved(piece, self.device), b - a) for piece, (a, b) in zip(pieces, bounds, strict=True)]
                 values = self.update(moved)
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.model)
             state.loss_sum += values["loss/train"]
             state.batch += 1
             state.step += 1
@@ -205,6 +227,8 @@ class _Run:
             if time.monotonic() - last_save > 60 * recipe.checkpoint_minutes:
                 self.save()
                 last_save = time.monotonic()
+        if self.states is not None:
+            self.states.end()
 
     def end_epoch(self) -> None:
         """Validates, and notes what came of the epoch."""
@@ -229,7 +253,7 @@ class _Run:
         for number, ((images, targets, _), share) in enumerate(zip(pieces, _shares(pieces, self.task), strict=True)):
             if part := processes.rank() * len(pieces) + number:
                 _reseed(self.seed, state.step, part)
-            logits, own = self.backward(images, targets, share, weight, probes)
+            logits, own = self.backward(images, targets, share, weight, probes, self.indices[number])
             seen.append((images, logits))
             figures = {name: figures.get(name, 0) + value for name, value in own.items()}
         sums = torch.stack(list(figures.values()))
@@ -248,7 +272,7 @@ class _Run:
         return values
 
     def backward(
-        self, images: Tensor, targets: Tensor, share: Tensor, weight: float, probes: int
+        self, images: Tensor, targets: Tensor, share: Tensor, weight: float, probes: int, indices: np.ndarray
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds a piece's gradients to the weights': its logits and figures, which weigh `share` (2,) in the batch's.
 
@@ -259,9 +283,12 @@ class _Run:
         adjoint: list[Solution] = []
         if isinstance(self.model, Network):
             self.model.backbone.on_backward = adjoint.append
-        with _autocast(images.device, self.recipe.precision):
-            prediction = predict(self.model, images, layers, probes, softplus)
+        z0 = self.states.read(indices).to(images.device) if self.states and self.states.known else None
+        with _autocast(images.device, self.recipe.precision), self.started(z0 is not None) as single:
+            prediction = predict(self.model, images, single or layers, probes, softplus, z0)
             loss = self.task.loss(prediction.logits, targets)
+        if self.states is not None:
+            self.states.write(indices, flat_state(prediction))
         objective = share[0] * loss
         figures = {"loss/train": objective.detach()}
         if probes and prediction.equilibrium and prediction.equilibrium.jacobian is not None:
@@ -272,11 +299,26 @@ class _Run:
         figures |= {name: share[1] * value for name, value in _solver_figures(prediction, adjoint).items()}
         return prediction.logits.detach(), figures
 
+    @contextlib.contextmanager
+    def started(self, warm: bool) -> Iterator[int | None]:
+        """The solver's limit for a start at the last epoch's states; gives 1 where f is applied on the tape alone."""
+        if not warm:
+            yield None
+            return
+        backbone, steps = self.model.backbone, self.recipe.start_steps(self.state.epoch)
+        kept = backbone.forward_solver
+        if steps:
+            backbone.forward_solver = replace(kept, steps=steps)
+        try:
+            yield None if steps else 1
+        finally:
+            backbone.forward_solver = kept
+
     def validate(self) -> Row:
         """Validation at the equilibrium; during the warm-up unrolled as well, under names that end in _unrolled."""
         task, recipe = self.task, self.recipe
         judge = partial(
-            evaluate, self.model, task.validation,
+            evaluate, self.averaged.module if self.averaged is not None else self.model, task.validation,
             batch=task.validation_batch or max(1, recipe.batch // (self.share.processes * recipe.accumulate)),
             device=self.device, workers=self.workers, precision=recipe.precision, on_batch=self.observer.validating,
         )  # fmt: skip
@@ -362,12 +404,63 @@ def evaluate(
     return values
 
 
+class LastStates:
+    """The equilibrium of each training sample in the last epoch and in this one: two memory-mapped files in bfloat16.
+
+    An epoch reads one and writes the other, so that a resumed epoch reads what the interrupted one did.
+    """
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        self.folder, self.samples, self.known = folder, samples, False
+        self.last: Tensor | None = None
+        self.now: Tensor | None = None
+
+    def begin(self, epoch: int) -> None:
+        self.epoch, self.known = epoch, epoch > 0 and self.complete(epoch - 1)
+        self.last = self.now = None
+
+    def end(self) -> None:
+        self._mark().write_text(str(self.epoch))
+
+    def complete(self, epoch: int) -> bool:
+        return self._mark().is_file() and self._mark().read_text() == str(epoch)
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        if self.last is None:
+            self.last = self._map(self.epoch - 1)
+        return self.last[torch.from_numpy(indices)].float()
+
+    def write(self, indices: np.ndarray, state: Tensor) -> None:
+        if self.now is None:
+            self.now = self._map(self.epoch, state.shape[1])
+        self.now[torch.from_numpy(indices)] = state.to("cpu", torch.bfloat16)
+
+    def _mark(self) -> Path:
+        return self.folder / "complete"
+
+    def _map(self, epoch: int, width: int | None = None) -> Tensor:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{epoch % 2}.bin"
+        width = width or file.stat().st_size // (2 * self.samples)
+        size = self.samples * width
+        flat = torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
+        return flat.view(self.samples, width)
+
+
+def flat_state(prediction: Prediction) -> Tensor:
+    """z* (B, D) of a prediction."""
+    found = prediction.equilibrium
+    assert found is not None
+    return torch.cat([z.detach().permute(0, 2, 3, 1).flatten(1) for z in found.scales], dim=1)
+
+
 def predict(
-    model: nn.Module, images: Tensor, unroll_steps: int | None = None, probes: int = 0, softplus: float | None = None
+    model: nn.Module, images: Tensor, unroll_steps: int | None = None, probes: int = 0, softplus: float | None = None,
+    z0: Tensor | None = None,
 ) -> Prediction:
     """The model's prediction, as `Network` explains; explicit models know nothing of unrolling."""
     if isinstance(model, Network):
-        return model(images, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=probes)
+        return model(images, z0=z0, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=probes)
     return model(images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mdeq.losses import classification_loss
@@ -24,7 +25,7 @@ def run(model: str, params: ClassifyParams, machine: Machine) -> None:
     def task(seed: int) -> Task:
         train = open_cifar10(root, manifest, "train", augment=params.augment, seed=seed, device=machine.device)
         test = open_cifar10(root, manifest, "test", device=machine.device)
-        return Task(train, test, classification_loss, lambda: TopK(train.classes), names=train.names)
+        return Task(train, test, partial(classification_loss, label_smoothing=params.label_smoothing), lambda: TopK(train.classes), names=train.names)
 
     machine = replace(machine, workers=0)  # a worker could only copy what already lies on the device
     experiment.run("classify", model, params, machine, dataset="cifar10", task=task)
