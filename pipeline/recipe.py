@@ -1,25 +1,27 @@
-"""How a model is trained: the settings of params.yaml that all data sets share, and what follows from them alone."""
+"""How a model is trained: the settings that all data sets and models share. Plain dataclasses, checked when made."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import nn
+from mdeq.checks import above, at_least, between, one_of, whole
 
 Precision = Literal["float32", "bfloat16", "float16"]
-FINAL_LR = 1e-6  # where the cosine ends, as published
+LAST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam with L2 weight decay."""
+    """Adam with L2 weight decay (as published, not decoupled)."""
 
     lr: float = 1e-3
     weight_decay: float = 0.0
     kind: Literal["adam"] = "adam"
+
+    def __post_init__(self) -> None:
+        above(0, lr=self.lr)
+        at_least(0, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -32,45 +34,55 @@ class Sgd:
     weight_decay: float = 0.0
     kind: Literal["sgd"] = "sgd"
 
+    def __post_init__(self) -> None:
+        above(0, lr=self.lr)
+        between(0, 1, open_high=True, momentum=self.momentum)
+        at_least(0, weight_decay=self.weight_decay)
+
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon for the convolutions of f, each flattened to (outputs, rest); nesterov SGD of `rest_lr` for all else."""
+    """Muon (Jordan et al., 2024) for the convolutions of f, each as a matrix (outputs, rest); SGD for the rest.
+
+    Args:
+        lr: Of Muon.
+        momentum: Of Muon.
+        weight_decay: Of Muon, decoupled.
+        rest: The optimizer of all other parameters.
+    """
 
     lr: float = 0.02
     momentum: float = 0.95
     weight_decay: float = 0.0
-    rest_lr: float = 0.1
-    rest_weight_decay: float = 5e-4
+    rest: Sgd = field(default_factory=Sgd)
     kind: Literal["muon"] = "muon"
 
-
-@dataclass(frozen=True)
-class Starts:
-    """Each sample's solve starts at its equilibrium of the epoch before; without augmentation the picture is the same.
-
-    The epochs after the first are divided evenly: in each part the solver makes so many `steps`. With 0 f is applied once,
-    on the tape alone. The first epoch starts at zero with the solver's own limit, as does one that finds no states.
-    """
-
-    steps: tuple[int, ...] = (1, 0)
+    def __post_init__(self) -> None:
+        above(0, lr=self.lr)
+        between(0, 1, open_high=True, momentum=self.momentum)
+        at_least(0, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """For the first `steps` updates f is applied `layers` times and back-propagated through.
+    """For the first `steps` updates f is applied `layers` times and back-propagated through (Sec. 3.3).
 
-    `softplus` replaces the last ReLUs of f by a softplus of that curvature meanwhile (Sec. 3.3); None keeps the ReLUs.
+    `softplus` replaces the last ReLUs of f by a softplus of that curvature meanwhile; None keeps the ReLUs.
     """
 
     layers: int
     steps: int
     softplus: float | None = None
 
+    def __post_init__(self) -> None:
+        whole(1, layers=self.layers)
+        whole(0, steps=self.steps)
+        above(0, softplus=self.softplus)
+
 
 @dataclass(frozen=True)
 class JacobianTerm:
-    """Adds weight x |J|_F^2 / numel(z) to the loss of a step, with the given probability.
+    """Adds weight x |J|_F^2 / numel(z) to the loss of an update, with the given probability.
 
     The weight is `warm_up_weight` in the warm-up, then `weight`, and `increase` more every `increase_every` updates;
     nothing after `stop_epoch` epochs (Bai, Koltun and Kolter, ICML 2021, as their code has it).
@@ -84,8 +96,13 @@ class JacobianTerm:
     increase_every: int = 1
     stop_epoch: int | None = None
 
+    def __post_init__(self) -> None:
+        at_least(0, weight=self.weight, warm_up_weight=self.warm_up_weight, increase=self.increase)
+        between(0, 1, probability=self.probability)
+        whole(1, probes=self.probes, increase_every=self.increase_every, stop_epoch=self.stop_epoch)
+
     def weight_at(self, step: int, epoch: int, warm_up: int) -> float:
-        """The weight in update `step`, of epoch `epoch` (both from 0), when `warm_up` updates are unrolled."""
+        """The weight in update `step` of epoch `epoch` (both from 0), when `warm_up` updates are unrolled."""
         if step < warm_up:
             return self.warm_up_weight
         if self.stop_epoch is not None and epoch >= self.stop_epoch:
@@ -94,10 +111,47 @@ class JacobianTerm:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """Each training sample's solve starts at its own equilibrium of the epoch before; without augmentation only.
+
+    The epochs after the first are divided evenly among `steps`, the solver's limit in each part; 0 applies f once, on
+    the tape alone. The first epoch, and one whose stored equilibria are lost, starts at z = 0 with the solver's own
+    limit.
+    """
+
+    steps: tuple[int, ...] = (1, 0)
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("steps: must have at least one number")
+        for limit in self.steps:
+            whole(0, steps=limit)
+
+    def limit(self, epoch: int, epochs: int) -> int:
+        """The solver's limit in epoch `epoch` (from 1 on) of `epochs`."""
+        part = (epoch - 1) * len(self.steps) // max(1, epochs - 1)
+        return self.steps[min(part, len(self.steps) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a model is trained; the same for every data set and model.
 
-    An update takes `batch` samples over all processes, each of which takes its part in `accumulate` micro-batches.
+    Args:
+        optimizer: With its peak learning rate.
+        epochs: 0 only validates.
+        batch: Samples per update, over all processes.
+        accumulate: Micro-batches that make an update, one after the other.
+        warm_up: Unrolled updates at the start; None for none.
+        jacobian: The Jacobian term; None for none.
+        warm_start: Start each sample at its last equilibrium; None to start at z = 0.
+        lr_warm_up: Part of the updates in which the learning rate rises linearly; a half cosine follows.
+        label_smoothing: Of the cross entropy.
+        average: Decay per update of an exponential moving average of the weights, which is then what is validated and
+            saved; 0 for none.
+        precision: Of convolutions and matrix products; weights and states are float32.
+        checkpoint_minutes: Between two saves of the resumable state.
+        log_every: Updates between two recorded rows.
     """
 
     optimizer: Adam | Sgd | Muon
@@ -106,89 +160,18 @@ class Recipe:
     accumulate: int = 1
     warm_up: WarmUp | None = None
     jacobian: JacobianTerm | None = None
+    warm_start: WarmStart | None = None
+    lr_warm_up: float = 0.0
+    label_smoothing: float = 0.0
+    average: float = 0.0
     precision: Precision = "float32"
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = 5.0
     log_every: int = 10
-    starts: Starts | None = None
-    average: float = 0.0  # decay per update of the exponential average of the weights; 0 for none
-    rise: float = 0.0  # part of the updates in which the learning rate rises to its peak
 
-    def start_steps(self, epoch: int) -> int:
-        """Solver steps from the last epoch's equilibria, in an epoch from 1 on."""
-        assert self.starts is not None
-        parts = len(self.starts.steps)
-        return self.starts.steps[min(parts - 1, (epoch - 1) * parts // max(1, self.epochs - 1))]
-
-
-def cosine(lr: float, step: int, total: int, rise: float = 0.0) -> float:
-    """The learning rate of update `step` of `total`: linear for the first `rise` of them, then a half cosine to `FINAL_LR`."""
-    if step < rise * total:
-        return lr * (step + 1) / (rise * total)
-    done = (step - rise * total) / (total - rise * total)
-    return FINAL_LR * lr + (lr - FINAL_LR * lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets the learning rate of all groups to a factor of their own peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-
-
-def make_optimizer(model: nn.Module, settings: Adam | Sgd | Muon) -> torch.optim.Optimizer:
-    """The optimiser that the settings describe, over all of the model's parameters."""
-    decay = settings.weight_decay
-    if isinstance(settings, Adam):
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=decay)
-    elif isinstance(settings, Sgd):
-        momentum, nesterov = settings.momentum, settings.nesterov
-        optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum, weight_decay=decay, nesterov=nesterov)
-    else:
-        optimizer = MuonAndSgd(model, settings)
-    for group in optimizer.param_groups:
-        group.setdefault("peak", group["lr"])
-    return optimizer
-
-
-class MuonAndSgd(torch.optim.Optimizer):
-    """Muon for the convolutions of f, nesterov SGD for all else (Jordan et al. 2024; Newton-Schulz in float32)."""
-
-    def __init__(self, model: nn.Module, settings: Muon) -> None:
-        inner = {n: p for n, p in model.named_parameters() if ".f." in f".{n}" and p.ndim == 4 and p.shape[0] > 1 and p[0].numel() > 1}
-        rest = [p for n, p in model.named_parameters() if n not in inner]
-        groups = [
-            {"params": list(inner.values()), "lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay, "muon": True},
-            {"params": rest, "lr": settings.rest_lr, "momentum": 0.9, "weight_decay": settings.rest_weight_decay, "muon": False},
-        ]
-        super().__init__(groups, {})
-
-    @torch.no_grad()
-    def step(self, closure=None):  # noqa: ANN001, ANN201
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if group["weight_decay"] and not group["muon"]:
-                grads = [p.grad.add(p, alpha=group["weight_decay"]) for p in params]
-            else:
-                grads = [p.grad for p in params]
-            for p, g in zip(params, grads):
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(g))
-                if not group["muon"]:
-                    buffer.mul_(group["momentum"]).add_(g)
-                    p.add_(g.add(buffer, alpha=group["momentum"]), alpha=-group["lr"])
-                    continue
-                buffer.lerp_(g, 1 - group["momentum"])
-                direction = orthogonalised(g.lerp(buffer, group["momentum"]).flatten(1))
-                scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
-                # weight-normalised v: step relative to its own size, so that the rate is that of an angle
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction.view_as(p), alpha=-group["lr"] * scale)
-
-
-def orthogonalised(g: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz steps towards the nearest semi-orthogonal matrix."""
-    x = g / (g.norm() + 1e-7)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if tall else x
+    def __post_init__(self) -> None:
+        whole(0, epochs=self.epochs)
+        whole(1, batch=self.batch, accumulate=self.accumulate, log_every=self.log_every)
+        between(0, 1, open_high=True, lr_warm_up=self.lr_warm_up, average=self.average)
+        between(0, 1, open_high=True, label_smoothing=self.label_smoothing)
+        one_of(("float32", "bfloat16", "float16"), precision=self.precision)
+        above(0, checkpoint_minutes=self.checkpoint_minutes)
