@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, and dvc.yaml held to the code and to the params."""
+"""The house rules: who may import whom, and dvc.yaml compared with the code and the params."""
 
 from __future__ import annotations
 
@@ -22,20 +22,37 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from ruamel.yaml import YAML
 
-from pipeline import experiment
-from pipeline.params import STAGES, TRAINED_BY
+from pipeline.sets import BY_STAGE, SETS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mdeq", "pipeline")
-# What decides no result: the command line, what records it, and params, which DVC tracks by value
+
+FLOORS = [
+    {"mdeq"},
+    {"pipeline.errors", "pipeline.files", "pipeline.sets", "pipeline.recipe"},
+    {"pipeline.params", "pipeline.machine"},
+    {"pipeline.data", "pipeline.tracking", "pipeline.store", "pipeline.progress", "pipeline.figures"},
+    {"pipeline.train", "pipeline.report", "pipeline.predict", "pipeline.weights"},
+    {"pipeline.stages"},
+    {"pipeline.cli"},
+    {"pipeline.__main__"},
+]
+"""Lowest first; a module imports from its own floor and those below."""
+
+# What decides no result: messages, the machine, what records it, and params, which DVC tracks by value
 PLUMBING = {
     "pipeline",
+    "pipeline.data",
+    "pipeline.errors",
+    "pipeline.files",
     "pipeline.machine",
     "pipeline.params",
-    "pipeline.train_params",
-    "pipeline.tracking",
+    "pipeline.progress",
+    "pipeline.sets",
     "pipeline.stages",
-    "pipeline.data",
+    "pipeline.store",
+    "pipeline.tracking",
+    "pipeline.weights",
 }
 
 
@@ -54,7 +71,7 @@ MODULES = modules()
 
 @cache
 def imports(name: str) -> frozenset[str]:
-    """Every module that a file imports anywhere in it, but for type checkers alone."""
+    """Every module that a file imports anywhere in it, except for type checkers alone."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     return frozenset(_imports(tree))
 
@@ -78,6 +95,47 @@ def tops(name: str) -> set[str]:
     return {imported.partition(".")[0] for imported in imports(name)}
 
 
+def floor(name: str) -> int | None:
+    """The number of a module's floor; None for a package's own `__init__`."""
+    for number, members in enumerate(FLOORS):
+        if any(name == member or name.startswith(f"{member}.") for member in members):
+            return number
+    assert name == "pipeline", f"{name} is on no floor"
+    return None
+
+
+# who imports whom
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down_only(name: str) -> None:
+    own = floor(name)
+    for imported in imports(name) & MODULES.keys():
+        other = floor(imported)
+        assert own is None or other is None or other <= own, f"{name} imports {imported}"
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = nx.DiGraph(
+        (name, imported)
+        for name in MODULES
+        for imported in imports(name) & MODULES.keys()
+        if imported != name and MODULES[imported].name != "__init__.py"
+    )
+    assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
+
+
+def test_only_the_command_line_imports_late() -> None:
+    optional = {"mlflow", "timm", "segmentation_models_pytorch", "torchdiffeq", "torchvision", "pandas"}
+    for name, path in MODULES.items():
+        if name == "pipeline.cli":
+            continue
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                late = {module.partition(".")[0] for module in _imports(function)}
+                assert late <= optional, f"{name}.{function.name} imports {sorted(late - optional)}"
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name.partition(".")[0] == "mdeq"])
 def test_the_library_imports_torch_only(name: str) -> None:
     allowed = {"mdeq", "torch", *sys.stdlib_module_names}
@@ -93,30 +151,23 @@ def test_stages_never_import_each_other() -> None:
             assert not (imports(name) & stages) - {name}, name
 
 
-def test_only_tracking_knows_mlflow() -> None:
-    assert [name for name in MODULES if "mlflow" in tops(name)] == ["pipeline.tracking"]
-
-
-def test_only_params_opens_params_yaml() -> None:
-    assert [name for name in MODULES if "ruamel" in tops(name)] == ["pipeline.params"]
-    assert not [name for name in MODULES if "yaml" in tops(name)]
-
-
-def test_nobody_imports_the_command_line() -> None:
-    users = [name for name in MODULES if "pipeline.cli" in imports(name)]
-    assert users == ["pipeline.__main__"]
-
-
-def test_the_loop_and_the_checkpoints_need_torch_and_numpy_alone() -> None:
+def test_training_on_cifar10_needs_torch_and_numpy_alone() -> None:
     allowed = {"mdeq", "pipeline", "torch", "numpy", *sys.stdlib_module_names}
-    for name in ("pipeline.training", "pipeline.checkpoints", "pipeline.data.loading"):
-        assert tops(name) <= allowed, name
+    todo, seen = ["pipeline.train.loop", "pipeline.data.cifar10"], set()
+    while todo:
+        name = todo.pop()
+        if name not in seen and name in MODULES:
+            seen.add(name)
+            todo += imports(name)
+            assert name == "mdeq.baselines" or tops(name) <= allowed | {"torchvision"}, name
 
 
 def test_importing_the_library_needs_torch_alone() -> None:
     heavy = {"pandas", "cv2", "pydantic", "mlflow", "dvc", "torchvision", "matplotlib", "typer"}
     code = f"import sys, mdeq; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -129,15 +180,17 @@ def test_the_wheel_is_typed_and_its_library_runs_with_torch_alone(tmp_path: Path
         archive.extractall(tmp_path)
     assert (tmp_path / "mdeq/py.typed").is_file()
     requires = metadata.PathDistribution(next(tmp_path.glob("*.dist-info"))).requires or []
-    others = {"PIL", "cv2", "ruamel"} | {re.split(r"[^\w-]", line)[0] for line in requires if "extra ==" not in line}
+    assert [line for line in requires if "extra ==" not in line] == ["torch>=2.9"]
+    others = {re.split(r"[^\w-]", line)[0] for line in requires} | {"PIL", "cv2", "ruamel"}
+    library = ", ".join(name for name in MODULES if name.startswith("mdeq."))
     code = f"""
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {others - {"torch", "filelock"}}:  # torch itself needs filelock
+        if name.partition(".")[0] in {others - {"torch", "filelock", "mdeq", "jinja2"}}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
-import torch, mdeq, {", ".join(name for name in MODULES if name.startswith("mdeq."))}
+import torch, mdeq, {library}
 head = mdeq.ClassificationHeadConfig((4, 4), 8)
 mdeq.Network(mdeq.MDEQConfig(channels=(8, 8)), head, 3)(torch.ones(2, 3, 8, 8)).logits.sum().backward()
 print(mdeq.__file__)
@@ -151,7 +204,7 @@ print(mdeq.__file__)
 
 @pytest.fixture(scope="module")
 def stages() -> list[PipelineStage]:
-    """The stages after templating, of a copy: DVC would write into the checkout."""
+    """The stages after templating."""
     with Repo(str(ROOT)) as repo:
         return [stage for stage in repo.index.stages if isinstance(stage, PipelineStage)]
 
@@ -161,56 +214,68 @@ def sections(stage: PipelineStage) -> set[str]:
 
 
 def paths(entries: list[Any]) -> set[str]:
-    return {os.path.relpath(entry.fs_path, ROOT) for entry in entries if not hasattr(entry, "params")}
+    return {os.path.relpath(e.fs_path, ROOT) for e in entries if not hasattr(e, "params")}
 
 
-def test_every_stage_is_in_the_table_and_reads_what_is_declared(stages: list[PipelineStage]) -> None:
-    groups = set()
+def test_a_stage_reads_the_section_of_its_command(stages: list[PipelineStage]) -> None:
     for stage in stages:
-        group, _, instance = stage.name.partition("@")
-        if group == "scratch":
-            continue
-        groups.add(group)
-        entry = STAGES[group]
-        assert stage.cmd == f"python -m pipeline {entry.command.format(instance)}".strip()
-        assert sections(stage) == ({entry.section.format(instance)} if entry.section else set()), stage.name
-    assert groups == set(STAGES)
+        command = stage.cmd.removeprefix("python -m pipeline ").split()
+        match command:
+            case ["machine" | "report"] | ["mkdir", *_]:
+                expected = set()
+            case ["benchmark"]:
+                expected = {"benchmark"}
+            case ["evaluate", dataset, _]:
+                expected = {f"evaluate.{dataset}"}
+            case [name, instance]:
+                expected = {f"{name}.{instance}"}
+        assert sections(stage) == expected, stage.name
 
 
 def test_every_instance_of_params_yaml_has_its_stages(stages: list[PipelineStage]) -> None:
-    names = {stage.name for stage in stages}
     data = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-    sets = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
     expected = {f"prepare@{name}" for name in data["prepare"]}
-    for dataset, stage in sets.items():
-        expected |= {f"{stage}@{model}" for model in data[stage]}
-        expected |= {f"evaluate-{dataset}@{model}" for model in data[stage]} | {f"convergence@{dataset}"}
-    assert names == expected | {"scratch", "machine", "benchmark", "report"}
+    for dataset in SETS.values():
+        expected |= {f"{dataset.stage}@{model}" for model in data[dataset.stage]}
+        expected |= {f"evaluate-{dataset.name}@{model}" for model in data[dataset.stage]}
+        expected |= {f"convergence@{dataset.name}"}
+    others = {"no-backbone", "machine", "benchmark", "report"}
+    assert {stage.name for stage in stages} == expected | others
 
 
-@pytest.mark.parametrize("group", sorted(set(STAGES) - {"prepare", "machine"}))
-def test_a_stage_depends_on_the_code_it_uses(stages: list[PipelineStage], group: str) -> None:
-    stage = next(stage for stage in stages if stage.name.partition("@")[0] == group)
-    declared = {path for path in paths(stage.deps) if path.split("/")[0] in PACKAGES}
-    module = f"pipeline.stages.{STAGES[group].command.split()[0]}"
-    if module not in MODULES:
-        pytest.fail(f"{module} is not written yet")
+def used_by(module: str, dataset: str | None) -> set[str]:
+    """The files that decide what a stage's module computes, as dvc.yaml names them."""
     used, todo = set(), [module]
+    if dataset:
+        todo.append(f"pipeline.data.{dataset}")
     while todo:
         name = todo.pop()
         if name in used or name in PLUMBING or name not in MODULES:
             continue
         used.add(name)
         todo += imports(name)
-    needed = {"mdeq" if name.startswith("mdeq") else str(MODULES[name].relative_to(ROOT)) for name in used}
-    assert declared == needed
-    if group in TRAINED_BY.values():  # by what an interrupted training knows that its code has changed
-        (dataset,) = (name for name, trained_by in TRAINED_BY.items() if trained_by == group)
-        hashed = {"mdeq" if file.startswith("mdeq/") else file for file in experiment.code(group, dataset)}
-        assert hashed == declared
+    return {str(MODULES[name].relative_to(ROOT)) for name in used if name != "pipeline.data.readers"}
 
 
-def test_only_sources_and_the_machine_are_looked_at_every_time(stages: list[PipelineStage]) -> None:
+@pytest.mark.parametrize(
+    "group",
+    ["classify", "pretrain", "finetune", "convergence", "benchmark", "report"]
+    + [f"evaluate-{name}" for name in SETS],
+)
+def test_a_stage_depends_on_the_code_it_uses(stages: list[PipelineStage], group: str) -> None:
+    stage = next(stage for stage in stages if stage.name.partition("@")[0] == group)
+    declared = {path for path in paths(stage.deps) if path.split("/")[0] in PACKAGES}
+    dataset = BY_STAGE[group].name if group in BY_STAGE else None
+    used = used_by(f"pipeline.stages.{group.partition('-')[0]}", dataset)
+    missing = {
+        file for file in used if not any(file == d or file.startswith(f"{d}/") for d in declared)
+    }
+    assert not missing, f"dvc.yaml: {group} lacks {sorted(missing)}"
+    idle = {d for d in declared if not any(file == d or file.startswith(f"{d}/") for file in used)}
+    assert idle <= {"pipeline/report"}, f"dvc.yaml: {group} does not use {sorted(idle)}"
+
+
+def test_only_sources_and_the_machine_are_checked_every_time(stages: list[PipelineStage]) -> None:
     always = {stage.name.partition("@")[0] for stage in stages if stage.always_changed}
     assert always == {"prepare", "machine"}
 
@@ -224,8 +289,9 @@ def test_no_output_is_kept_or_lies_outside_results(stages: list[PipelineStage]) 
 def test_metrics_and_plots_are_declared(stages: list[PipelineStage]) -> None:
     for stage in stages:
         group = stage.name.partition("@")[0]
-        if group not in {"prepare", "scratch", "machine", "report"}:
-            assert any(out.metric for out in stage.outs) and any(out.plot for out in stage.outs), stage.name
+        if group not in {"prepare", "no-backbone", "machine", "report"}:
+            assert any(out.metric for out in stage.outs), stage.name
+            assert any(out.plot for out in stage.outs), stage.name
 
 
 # What a change reruns: asked of the real DVC, on a copy whose results are stand-ins
@@ -238,7 +304,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, stages: list[PipelineStag
     for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, root)
     outs = {out for stage in stages for out in paths(stage.outs)}
-    code = {dep for stage in stages for dep in paths(stage.deps) if dep.split("/")[0] in PACKAGES}
+    code = {d for stage in stages for d in paths(stage.deps) if d.split("/")[0] in PACKAGES}
     for name in outs | code:
         path = root / name if Path(name).suffix else root / name / "file.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,12 +324,12 @@ def pipeline(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def commit(root: Path) -> None:
     """Take every stage as done with what is there."""
-    with contextlib.chdir(root), Repo(str(root)) as repo:  # DVC reads params.yaml from the working directory
+    with contextlib.chdir(root), Repo(str(root)) as repo:  # DVC reads params.yaml from here
         repo.commit(force=True)
 
 
 def stale(root: Path) -> set[str]:
-    """What `dvc repro` would run, less what it always runs: what `dvc status` names, its descendants."""
+    """What `dvc repro` would run, except what it always runs: what `dvc status` names, its descendants."""
     with Repo(str(root)) as repo:
         status = repo.status()
         changed = {name for name, why in status.items() if why != ["always changed"]}
@@ -275,39 +341,53 @@ def stale(root: Path) -> set[str]:
         }
 
 
-def change(root: Path, section: str, old: str, new: str) -> None:
-    """Edit the first `old` after the section's heading."""
-    head, heading, tail = (root / "params.yaml").read_text().partition(f"\n{section}:")
-    assert heading and old in tail
-    (root / "params.yaml").write_text(head + heading + tail.replace(old, new, 1))
+def change(root: Path, keys: str, value: object) -> None:
+    """Set a dotted key of params.yaml."""
+    yaml = YAML(typ="safe")
+    data = yaml.load(root / "params.yaml")
+    *outer, last = keys.split(".")
+    node = data
+    for key in outer:
+        node = node[key]
+    node[last] = value
+    yaml.dump(data, root / "params.yaml")
 
 
-CLASSIFY = {"classify@mdeq-small", "evaluate-cifar10@mdeq-small", "convergence@cifar10", "report"}
-FINETUNE = {"finetune@mdeq-small", "evaluate-cityscapes@mdeq-small", "convergence@cityscapes", "report"}
-PRETRAIN = {"pretrain@mdeq-small", "evaluate-imagenet@mdeq-small", "convergence@imagenet", *FINETUNE}
+CLASSIFY = {
+    "classify@mdeq-small",
+    "evaluate-cifar10@mdeq-small",
+    "convergence@cifar10",
+    "report",
+}
+FINETUNE = {
+    "finetune@mdeq-small",
+    "evaluate-cityscapes@mdeq-small",
+    "convergence@cityscapes",
+    "report",
+}
+PRETRAIN = {
+    "pretrain@mdeq-small",
+    "evaluate-imagenet@mdeq-small",
+    "convergence@imagenet",
+    *FINETUNE,
+}
 
 
 @pytest.mark.parametrize(
-    ("section", "old", "new", "expected"),
+    ("key", "value", "expected"),
     [
-        ("classify", "epochs: ", "epochs: 9", CLASSIFY),
-        ("pretrain", "epochs: ", "epochs: 9", PRETRAIN),
-        ("finetune", "epochs: ", "epochs: 9", FINETUNE),
-        (
-            "evaluate",
-            "cifar10: {batch: ",
-            "cifar10: {batch: 9",
-            {"evaluate-cifar10@mdeq-small", "evaluate-cifar10@resnet18-small", "report"},
-        ),
-        ("convergence", "steps: ", "steps: 9", {"convergence@cifar10", "report"}),
-        ("benchmark", "rounds: ", "rounds: 9", {"benchmark", "report"}),
-        ("classify", "    batch:", "    # a comment\n    batch:", set()),
+        ("classify.mdeq-small.epochs", 9, CLASSIFY),
+        ("pretrain.mdeq-small.epochs", 9, PRETRAIN),
+        ("finetune.mdeq-small.epochs", 9, FINETUNE),
+        ("convergence.cifar10.steps", 9, {"convergence@cifar10", "report"}),
+        ("benchmark.rounds", 9, {"benchmark", "report"}),
+        ("scale", "another", set()),
     ],
 )
 def test_a_change_reruns_its_instance_and_what_builds_on_it_alone(
-    pipeline: Path, section: str, old: str, new: str, expected: set[str]
+    pipeline: Path, key: str, value: object, expected: set[str]
 ) -> None:
-    change(pipeline, section, old, new)
+    change(pipeline, key, value)
     assert stale(pipeline) == expected
 
 
@@ -316,23 +396,27 @@ def test_a_changed_source_reaches_what_was_trained_on_it(pipeline: Path) -> None
     assert stale(pipeline) == {"prepare@imagenet", *PRETRAIN}
 
 
+def test_changed_code_of_one_reader_reaches_its_own_set_alone(pipeline: Path) -> None:
+    (pipeline / "pipeline/data/cityscapes.py").write_text("another reader\n")
+    evaluated = {"evaluate-cifar10", "evaluate-imagenet", "evaluate-cityscapes", "convergence"}
+    groups = {name.partition("@")[0] for name in stale(pipeline)}
+    assert groups == {"finetune", "report"} | evaluated
+
+
 def test_another_machine_measures_again(pipeline: Path) -> None:
     (pipeline / "results/machine.json").write_text("{}")
     assert stale(pipeline) == {"machine", "benchmark", "report"}
 
 
 def test_a_model_from_scratch_builds_on_no_backbone(pipeline: Path) -> None:
-    change(pipeline, "finetune", "backbone: mdeq-small", "backbone: null")
+    change(pipeline, "finetune.mdeq-small.backbone", None)
     assert stale(pipeline) == FINETUNE
     commit(pipeline)
-    change(pipeline, "pretrain", "epochs: ", "epochs: 9")
+    change(pipeline, "pretrain.mdeq-small.epochs", 9)
     assert stale(pipeline) == (PRETRAIN - FINETUNE) | {"report"}
 
 
 def test_a_model_added_to_params_yaml_adds_its_stages(pipeline: Path) -> None:
-    text = (pipeline / "params.yaml").read_text()
-    data = YAML(typ="safe").load(text)
-    data["classify"]["another"] = data["classify"]["mdeq-small"]
-    with (pipeline / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump(data, file)
+    data = YAML(typ="safe").load(pipeline / "params.yaml")
+    change(pipeline, "classify.another", data["classify"]["mdeq-small"])
     assert stale(pipeline) == {"classify@another", "evaluate-cifar10@another", "report"}
