@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 
 from mdeq import jacobian
@@ -20,66 +20,19 @@ from mdeq.heads import (
     initialise,
 )
 from mdeq.multiscale import Scales
-from mdeq.solvers import Anderson, Broyden, FixedPoint, Map, Solution
-from mdeq.transformation import BoundTransformation, Transformation, Upsampling
+from mdeq.solvers import Anderson, Broyden, FixedPoint, Solution
+from mdeq.transformation import MDEQConfig, StateMap, Transformation
 
-ForwardSolver = Broyden | Anderson | FixedPoint
-CACHE_BYTES = 10 * 2**20  # of f's features, to share a CPU's last cache with the solver's history
-
-
-@dataclass(frozen=True)
-class MDEQConfig:
-    """The architecture of an MDEQ.
-
-    Args:
-        channels: C_i of each scale, highest resolution first.
-        expansion: k of the residual blocks.
-        groups: Of the group norms; must divide every C_i and be even.
-        downsamplings: How many of the stem's two convolutions have stride 2.
-        dropout: Of the residual blocks.
-        variational: Whether one dropout mask serves a whole solve, else each evaluation of f draws its own (Sec. 3.3).
-        weight_norm: Whether the convolutions of blocks and post-fusion are weight-normalised.
-        post_fusion_affine: Whether the group norms after the fusion learn scale and shift.
-        upsampling: `nearest` (published weights) or `bilinear` (the paper's text).
-        batch_norm_momentum: Of stem and head.
-        train_output: What the head reads in training: `f(z*)` as published, or `z*`. In evaluation always z*.
-        unrolled: Apply f that many times from 0 instead of solving, always: an explicit, weight-tied network (Table 2).
-
-    Raises:
-        ValueError: The channels are none or not divisible, or a number is out of its range.
-    """
-
-    channels: tuple[int, ...] = (24, 24)
-    expansion: int = 5
-    groups: int = 8
-    downsamplings: int = 0
-    dropout: float = 0.0
-    variational: bool = True
-    weight_norm: bool = True
-    post_fusion_affine: bool = False
-    upsampling: Upsampling = "nearest"
-    batch_norm_momentum: float = 0.1
-    train_output: Literal["f(z*)", "z*"] = "f(z*)"
-    unrolled: int | None = None
-    kind: Literal["mdeq"] = "mdeq"
-
-    def __post_init__(self) -> None:
-        if not self.channels:
-            raise ValueError("channels: an MDEQ has at least one scale")
-        if self.groups % 2:
-            raise ValueError(f"groups: must be even (half of them norm the fused features), not {self.groups}")
-        for c in self.channels:
-            if c % self.groups:
-                raise ValueError(f"channels: {c} is not divisible by the {self.groups} groups of the group norms")
-        if not 0 <= self.downsamplings <= 2:
-            raise ValueError(f"downsamplings: 0, 1 or 2, not {self.downsamplings}")
+CACHE_BYTES = (
+    10 * 2**20
+)  # what f's features may take of a CPU's last cache, beside the solver's history
 
 
 @dataclass(frozen=True)
 class Equilibrium:
     """z* at each scale, (B, C_i, H_i, W_i), and how it was found.
 
-    `solution` is None where f was unrolled; `jacobian` is the regulariser where probes were asked for.
+    `solution` is None where f was unrolled; `jacobian` is the regulariser if probes were asked for.
     """
 
     scales: list[Tensor]
@@ -89,7 +42,7 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits (B, classes) or (B, classes, H_1, W_1), and the equilibrium they came from (explicit models: None)."""
+    """Logits (B, classes) or (B, classes, H_1, W_1), and their equilibrium (explicit models: None)."""
 
     logits: Tensor
     equilibrium: Equilibrium | None
@@ -104,38 +57,30 @@ class MDEQ(nn.Module):
         backward: Differentiates it.
 
     Attributes:
+        f: The transformation f_theta (Fig. 1), an ordinary module: f(z, x).
         on_backward: Called with the adjoint's solution in each backward pass; see `equilibrium`.
-        f: The transformation f_theta (Fig. 1).
     """
 
     def __init__(
         self,
         config: MDEQConfig,
-        forward_solver: ForwardSolver = Anderson(),
+        forward_solver: Broyden | Anderson | FixedPoint = Anderson(),
         backward: Implicit | Phantom | Reversible = Implicit(),
     ) -> None:
         super().__init__()
         self.config, self.forward_solver, self.backward = config, forward_solver, backward
         self.on_backward: Callable[[Solution], None] | None = None
-        first = config.channels[0]
+        width, momentum = config.channels[0], config.batch_norm_momentum
         strides = [2 if i < config.downsamplings else 1 for i in range(2)]
-        momentum = config.batch_norm_momentum
         self.stem = nn.Sequential(
-            *_stem_layer(3, first, 3, strides[0], momentum), *_stem_layer(first, first, 3, strides[1], momentum)
+            *_stem_layer(3, width, 3, strides[0], momentum),
+            *_stem_layer(width, width, 3, strides[1], momentum),
         )
-        plain = config.downsamplings == 0 and len(config.channels) <= 2
-        self.stage0: nn.Module = nn.Identity() if plain else nn.Sequential(*_stem_layer(first, first, 1, 1, momentum))
+        self.stage0: nn.Module = nn.Identity()
+        if config.downsamplings > 0 or len(config.channels) > 2:
+            self.stage0 = nn.Sequential(*_stem_layer(width, width, 1, 1, momentum))
         initialise(self)
-        self.f = Transformation(
-            config.channels,
-            expansion=config.expansion,
-            groups=config.groups,
-            dropout=config.dropout,
-            variational=config.variational,
-            weight_norm=config.weight_norm,
-            post_fusion_affine=config.post_fusion_affine,
-            upsampling=config.upsampling,
-        )
+        self.f = Transformation(config)
 
     def forward(
         self,
@@ -150,10 +95,11 @@ class MDEQ(nn.Module):
 
         Args:
             image: (B, 3, H, W).
-            z0: The state (B, D) to start from, such as `solution.value` of a video's last frame (StreamDEQ: Ertenli,
-                Akbas, Cinbis, ECCV 2022); None for 0.
+            z0: The state (B, D) to start from, such as `solution.value` of a video's last frame
+                (StreamDEQ: Ertenli, Akbas, Cinbis, ECCV 2022); None for 0.
             unroll_steps: Apply f that many times from z0 instead of solving (the warm-up).
-            softplus: Curvature of the softplus that replaces the last ReLUs of f in the initial phase; None for ReLU.
+            softplus: Curvature of the softplus that replaces the last ReLUs of f in the initial
+                phase; None for ReLU.
             jacobian_probes: Estimate the Jacobian regulariser with that many probes.
 
         Raises:
@@ -163,61 +109,82 @@ class MDEQ(nn.Module):
         if z0 is None:
             z0 = zero
         elif z0.shape != zero.shape:
-            raise ValueError(f"z0: a state of these images has the shape {tuple(zero.shape)}, not {tuple(z0.shape)}")
-        unroll_steps = unroll_steps or self.config.unrolled
-        if unroll_steps is not None:
-            z, solution = unroll(f, z0, unroll_steps), None
-        else:
-            z, solution = equilibrium(
-                f, z0, self.forward_solver, self.backward, self.on_backward, self.at_once(z0), f.fast
+            raise ValueError(
+                f"z0: a state of these images has the shape {tuple(zero.shape)}, not {tuple(z0.shape)}"
             )
+        solution = None
+        steps = self.config.unrolled if unroll_steps is None else unroll_steps
+        if steps is not None:
+            z = unroll(f, z0, steps, inputs=f.inputs)
+        else:
+            z, solution = self._solve(f, z0)
             if not self.training or self.config.train_output == "z*":
                 z = solution.value + (z - z.detach())
-        estimate = _jacobian(f, z, jacobian_probes) if jacobian_probes else None
+        estimate = None
+        if jacobian_probes:
+            estimate = _jacobian(f, z, jacobian_probes)
         return Equilibrium(scales.split(z), solution, estimate)
-
-    def compile_f(self) -> None:
-        """Have f compiled where the solvers evaluate it; the first steps take a minute longer. Measure whether it pays.
-
-        f on the tape stays as it is, and so do `state_dict` and results, but for rounding. Needs what `torch.compile`
-        needs: a C++ compiler on a CPU, Triton on a GPU. An adjoint solve back-propagates many times through one
-        evaluation, so that from here on compiled functions of this process do not give their buffers away.
-        """
-        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
-        self.f.compiled = True
-
-    def at_once(self, z0: Tensor) -> int | None:
-        """How many samples of a state (B, D) are solved together.
-
-        On a CPU as many as leave f's features in the cache, or as outweigh f's parameters, which each part reads anew.
-        """
-        if z0.device.type != "cpu":
-            return None
-        weights = sum(p.numel() for p in self.f.parameters()) * z0.element_size()
-        return max(1, max(CACHE_BYTES, weights) // (self.config.expansion * z0.shape[1] * z0.element_size()))
 
     def fixed_point_problem(
         self, image: Tensor, *, softplus: float | None = None
-    ) -> tuple[BoundTransformation, Tensor, Scales]:
-        """f on the flat state for this batch, the starting point z = 0 (B, D), and the shapes that split a state."""
+    ) -> tuple[StateMap, Tensor, Scales]:
+        """f on flat states for this batch, the start z = 0 (B, D), and the shapes that split a state."""
         x = self.inject(image)
         scales = Scales.of(self.config.channels, *x.shape[-2:])
         # like the weights, not like x: autocast may have x in half precision, a state never is
-        z0 = scales.zeros(len(x), like=next(self.parameters()).detach())
-        return self.f.bind(x, scales, softplus), z0, scales
+        zero = scales.zeros(len(x), like=next(self.parameters()).detach())
+        return self.f.on_states(x, scales, softplus), zero, scales
 
     def inject(self, image: Tensor) -> Tensor:
         """The input representation x at scale 1, (B, C_1, H_1, W_1)."""
         return self.stage0(self.stem(image.contiguous(memory_format=torch.channels_last)))
 
+    def _solve(self, f: StateMap, z0: Tensor) -> tuple[Tensor, Solution]:
+        """The equilibrium of the batch; as samples never feel each other, parts are solved in turn."""
+        size = self._part_size(z0)
+        if size >= len(z0):
+            return self._solve_part(f, z0, self.on_backward)
+        count = math.ceil(len(z0) / size)
+        adjoints = _Adjoints(count, self.on_backward)
+        values, solutions = [], []
+        for i in range(count):
+            rows = slice(i * size, (i + 1) * size)
+            value, solution = self._solve_part(f.part(rows), z0[rows], partial(adjoints.add, i))
+            values.append(value)
+            solutions.append(solution)
+        return torch.cat(values), _joined(solutions)
+
+    def _solve_part(
+        self, f: StateMap, z0: Tensor, on_backward: Callable[[Solution], None] | None
+    ) -> tuple[Tensor, Solution]:
+        forward, backward = self.forward_solver, self.backward
+        return equilibrium(f, z0, forward, backward, inputs=f.inputs, on_backward=on_backward)
+
+    def _part_size(self, z0: Tensor) -> int:
+        """How many samples of a batch are solved together.
+
+        On a CPU, as many as leave f's features in the cache, or as outweigh f's parameters, which
+        each part reads anew.
+        """
+        if z0.device.type != "cpu":
+            return len(z0)
+        weights = sum(p.numel() for p in self.f.parameters()) * z0.element_size()
+        sample = self.config.expansion * z0.shape[1] * z0.element_size()
+        fitting = max(1, max(CACHE_BYTES, weights) // sample)
+        return math.ceil(len(z0) / math.ceil(len(z0) / fitting))  # parts of one size
+
 
 class Network(nn.Module):
-    """An MDEQ and a head: images (B, 3, H, W) to logits, (B, classes) or (B, classes, H_1, W_1) by the head's kind.
+    """An MDEQ and a head: images (B, 3, H, W) to logits, by the head's kind.
+
+    `torch.compile(network)` works with each gradient rule. `torch.export` works in evaluation mode,
+    once no solver asks whether every sample has stopped (`check_every` above `steps`), for a module
+    that returns tensors, such as the logits.
 
     Args:
         config: The architecture of the backbone.
         head: Its kind decides the task, classification or segmentation.
-        classes: Of the logits.
+        classes: Number of classes of the logits.
         forward_solver: Finds z*.
         backward: Differentiates it.
     """
@@ -227,17 +194,15 @@ class Network(nn.Module):
         config: MDEQConfig,
         head: ClassificationHeadConfig | SegmentationHeadConfig,
         classes: int,
-        forward_solver: ForwardSolver = Anderson(),
+        forward_solver: Broyden | Anderson | FixedPoint = Anderson(),
         backward: Implicit | Phantom | Reversible = Implicit(),
     ) -> None:
         super().__init__()
         self.backbone = MDEQ(config, forward_solver, backward)
-        momentum = config.batch_norm_momentum
-        self.head: ClassificationHead | SegmentationHead
-        if isinstance(head, ClassificationHeadConfig):
-            self.head = ClassificationHead(head, config.channels, classes, momentum)
-        else:
-            self.head = SegmentationHead(head, config.channels, classes, momentum)
+        kind = (
+            ClassificationHead if isinstance(head, ClassificationHeadConfig) else SegmentationHead
+        )
+        self.head = kind(head, config.channels, classes, config.batch_norm_momentum)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -248,17 +213,57 @@ class Network(nn.Module):
         softplus: float | None = None,
         jacobian_probes: int = 0,
     ) -> Prediction:
-        """Logits for a batch (B, 3, H, W); the arguments are those of `MDEQ.forward`."""
-        z = self.backbone(image, z0=z0, unroll_steps=unroll_steps, softplus=softplus, jacobian_probes=jacobian_probes)
+        """Logits (B, classes) or (B, classes, H_1, W_1); the arguments are those of `MDEQ.forward`."""
+        z = self.backbone(
+            image,
+            z0=z0,
+            unroll_steps=unroll_steps,
+            softplus=softplus,
+            jacobian_probes=jacobian_probes,
+        )
         return Prediction(self.head(z.scales), z)
 
 
-def _stem_layer(inputs: int, outputs: int, kernel: int, stride: int, momentum: float) -> list[nn.Module]:
+@dataclass
+class _Adjoints:
+    """Collects the adjoint solutions of the parts of a batch; `on_backward` gets them as one."""
+
+    count: int
+    on_backward: Callable[[Solution], None] | None
+    found: dict[int, Solution] = field(default_factory=dict)
+
+    def add(self, part: int, solution: Solution) -> None:
+        self.found[part] = solution
+        if len(self.found) == self.count and self.on_backward is not None:
+            self.on_backward(_joined([self.found.pop(i) for i in range(self.count)]))
+
+
+def _joined(parts: Sequence[Solution]) -> Solution:
+    """The solution of a batch from those of its parts; shorter traces repeat their last row."""
+    nfe = max(part.nfe for part in parts)
+    traces = []
+    for part in parts:
+        last = part.trace[-1] if part.nfe else part.relative
+        traces.append(torch.cat([part.trace, last.expand(nfe - part.nfe, -1)]))
+    return Solution(
+        value=torch.cat([p.value for p in parts]),
+        relative=torch.cat([p.relative for p in parts]),
+        absolute=torch.cat([p.absolute for p in parts]),
+        steps=torch.cat([p.steps for p in parts]),
+        converged=torch.cat([p.converged for p in parts]),
+        trace=torch.cat(traces, dim=1),
+        nfe=nfe,
+    )
+
+
+def _stem_layer(
+    inputs: int, outputs: int, kernel: int, stride: int, momentum: float
+) -> list[nn.Module]:
     conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
     return [conv, nn.BatchNorm2d(outputs, momentum=momentum), nn.ReLU()]
 
 
-def _jacobian(f: Map, z: Tensor, probes: int) -> Tensor:
+def _jacobian(f: StateMap, z: Tensor, probes: int) -> Tensor:
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         return jacobian.frobenius(f(z), z, probes)

@@ -26,21 +26,21 @@ class Scales:
 
     @property
     def lengths(self) -> list[int]:
-        """How many numbers each scale has a sample; they add up to D."""
+        """The number of values per sample in each scale; they add up to D."""
         return [c * h * w for c, h, w in self.shapes]
 
     def flatten(self, scales: Sequence[Tensor]) -> Tensor:
-        """[(B, C_i, H_i, W_i)] to (B, D), channels last within a scale so that convolutions find their own layout."""
+        """[(B, C_i, H_i, W_i)] to (B, D), channels last, the layout that convolutions prefer."""
         return torch.cat([z.permute(0, 2, 3, 1).flatten(1) for z in scales], dim=1)
 
     def split(self, state: Tensor) -> list[Tensor]:
         """(B, D) to [(B, C_i, H_i, W_i)], in channels-last memory."""
-        parts = state.split(self.lengths, dim=1)
-        return [
-            part.view(-1, h, w, c).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-            for part, (c, h, w) in zip(parts, self.shapes, strict=True)
-        ]
+        parts = []
+        for part, (c, h, w) in zip(state.split(self.lengths, dim=1), self.shapes, strict=True):
+            image = part.view(-1, h, w, c).permute(0, 3, 1, 2)
+            parts.append(image.contiguous(memory_format=torch.channels_last))
+        return parts
 
     def zeros(self, batch: int, like: Tensor) -> Tensor:
-        """The starting point z = 0 (B, D), with the precision and device of `like`."""
+        """The starting point z = 0 (B, D), with the dtype and device of `like`."""
         return like.new_zeros(batch, sum(self.lengths))

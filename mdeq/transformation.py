@@ -1,201 +1,340 @@
-"""f_theta (Fig. 1, Sec. 3.2): a residual block at each scale, then multi-resolution fusion."""
+"""f_theta (Fig. 1 and 2, Sec. 3.2, 3.3): a residual block at each scale, then multi-resolution fusion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from mdeq.blocks import Convolution, Features, GroupNorm, ResidualBlock, held, rectifier
+from mdeq import checks
 from mdeq.multiscale import Scales
-from mdeq.solvers import Map
 
-Upsampling = Literal["nearest", "bilinear"]
+MOST_SCALES = 16  # halved that often, every image is a single pixel
+
+
+@dataclass(frozen=True)
+class MDEQConfig:
+    """The architecture of an MDEQ.
+
+    Args:
+        channels: C_i of each scale, highest resolution first.
+        expansion: k, the width of the residual blocks in multiples of C_i.
+        groups: Groups of the group norms; even, and divides every C_i. The norms after the fusion
+            have half as many.
+        downsamplings: How many of the stem's two convolutions have stride 2.
+        dropout: Probability of dropping a channel in the residual blocks.
+        variational: Whether one dropout mask serves a whole solve; otherwise each evaluation of f
+            draws its own (Sec. 3.3).
+        weight_norm: Whether the convolutions of blocks and post-fusion are weight-normalised.
+        post_fusion_affine: Whether the group norms after the fusion learn scale and shift.
+        upsampling: `nearest` (published weights) or `bilinear` (the paper's text).
+        batch_norm_momentum: Momentum of the batch norms of stem and head.
+        train_output: What the head reads in training: `f(z*)` as published, or `z*`. In evaluation
+            it always reads z*.
+        unrolled: Apply f that many times from 0 instead of solving, always: an explicit, weight-tied
+            network (Table 2).
+
+    Raises:
+        ValueError: A value is out of its range, or the groups do not divide the channels.
+    """
+
+    channels: tuple[int, ...] = (24, 24)
+    expansion: int = 5
+    groups: int = 8
+    downsamplings: int = 0
+    dropout: float = 0.0
+    variational: bool = True
+    weight_norm: bool = True
+    post_fusion_affine: bool = False
+    upsampling: Literal["nearest", "bilinear"] = "nearest"
+    batch_norm_momentum: float = 0.1
+    train_output: Literal["f(z*)", "z*"] = "f(z*)"
+    unrolled: int | None = None
+    kind: Literal["mdeq"] = "mdeq"
+
+    def __post_init__(self) -> None:
+        checks.whole(1, expansion=self.expansion, unrolled=self.unrolled)
+        checks.whole(2, groups=self.groups)
+        checks.one_of((0, 1, 2), downsamplings=self.downsamplings)
+        checks.between(0, 1, open_high=True, dropout=self.dropout)
+        checks.between(0, 1, batch_norm_momentum=self.batch_norm_momentum)
+        checks.one_of(("nearest", "bilinear"), upsampling=self.upsampling)
+        checks.one_of(("f(z*)", "z*"), train_output=self.train_output)
+        if self.groups % 2:
+            raise ValueError(
+                f"groups: must be even (half of them norm the fused features), not {self.groups}"
+            )
+        if not 1 <= len(self.channels) <= MOST_SCALES:
+            raise ValueError(f"channels: an MDEQ has 1 to {MOST_SCALES} scales")
+        for c in self.channels:
+            checks.whole(1, channels=c)
+            if c % self.groups:
+                raise ValueError(
+                    f"channels: {c} is not divisible by the {self.groups} groups of the group norms"
+                )
+
+
+class Convolution(nn.Module):
+    """A convolution without bias; its weight is v, or g v / |v| with weight normalisation.
+
+    The norm is taken per output channel (Salimans and Kingma, NeurIPS 2016). `held` replaces the
+    weight during a solve, for which it is computed once; see `StateMap`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        weight_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, kernel // 2
+        self.v = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
+        self.g: nn.Parameter | None = None
+        if weight_norm:
+            nn.init.kaiming_uniform_(self.v, a=5**0.5)
+            self.g = nn.Parameter(_norm(self.v).detach().clone())
+        else:
+            nn.init.normal_(self.v, std=0.01)
+        self.held: Tensor | None
+        self.register_buffer("held", None, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight (outputs, inputs, kernel, kernel), in channels-last memory."""
+        if self.held is not None:
+            return self.held
+        weight = self.v if self.g is None else self.v * (self.g / _norm(self.v))
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
+
+    def extra_repr(self) -> str:
+        outputs, inputs, kernel, _ = self.v.shape
+        return (
+            f"{inputs}, {outputs}, {kernel}, stride={self.stride}, weight_norm={self.g is not None}"
+        )
+
+
+def _norm(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
+
+
+class ChannelDropout(nn.Module):
+    """Drops whole channels per sample in training mode, and scales the others by 1 / (1 - p).
+
+    Each call draws a mask. If `variational`, `held` is the one mask of a solve; see `StateMap`.
+    """
+
+    def __init__(self, channels: int, p: float, *, variational: bool) -> None:
+        super().__init__()
+        self.channels, self.p, self.variational = channels, p, variational
+        self.held: Tensor | None
+        self.register_buffer("held", None, persistent=False)
+
+    def draw(self, like: Tensor) -> Tensor:
+        """A mask (B, channels, 1, 1) with the batch size, dtype and device of `like`."""
+        mask = like.new_empty(len(like), self.channels, 1, 1)
+        return mask.bernoulli_(1 - self.p).div_(1 - self.p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        return x * (self.draw(x) if self.held is None else self.held)
+
+
+def rectify(x: Tensor, softplus: float | None) -> Tensor:
+    """ReLU, or softplus of curvature `softplus` in the initial phase of training (Sec. 3.3)."""
+    return x.relu() if softplus is None else F.softplus(x, beta=softplus)
+
+
+class ResidualBlock(nn.Module):
+    """3x3 convolution C -> kC, GN, ReLU, 3x3 convolution kC -> C, dropout, + x, GN, + z, ReLU, GN (Eq. 5)."""
+
+    def __init__(self, channels: int, config: MDEQConfig) -> None:
+        super().__init__()
+        wide, groups = config.expansion * channels, config.groups
+        self.conv1 = Convolution(channels, wide, 3, weight_norm=config.weight_norm)
+        self.norm1 = nn.GroupNorm(groups, wide)
+        self.conv2 = Convolution(wide, channels, 3, weight_norm=config.weight_norm)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.norm3 = nn.GroupNorm(groups, channels)
+        self.dropout = ChannelDropout(channels, config.dropout, variational=config.variational)
+
+    def forward(self, z: Tensor, injection: Tensor | None, softplus: float | None) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        hidden = self.norm1(self.conv1(z)).relu()
+        hidden = self.dropout(self.conv2(hidden))
+        if injection is not None:
+            hidden = hidden + injection
+        return self.norm3(rectify(self.norm2(hidden) + z, softplus))
 
 
 class NormalisedConvolution(nn.Module):
-    """A convolution and its group norm."""
+    """A convolution and its group norm; 1x1, it sends a scale to a higher resolution."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int, groups: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
         super().__init__()
         self.conv = Convolution(inputs, outputs, kernel, stride=stride)
-        self.norm = GroupNorm(groups, outputs)
+        self.norm = nn.GroupNorm(groups, outputs)
 
-    def bind(self) -> Features:
-        """The layer with its weight at hand."""
-        conv, norm = self.conv.bind(), self.norm.bind()
-        return lambda x: norm(conv(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        return self.norm(self.conv(x))
 
 
 class Downsampling(nn.Module):
-    """From scale i to j > i: j - i strided 3x3 convolutions with GN, ReLU between them; channels change at the last."""
+    """From scale i to j > i: j - i strided 3x3 convolutions with GN, ReLU between them.
 
-    def __init__(self, inputs: int, outputs: int, octaves: int, *, groups: int) -> None:
+    The channels change at the last.
+    """
+
+    def __init__(self, inputs: int, outputs: int, octaves: int, groups: int) -> None:
         super().__init__()
-        widths = [inputs] * octaves + [outputs]
-        self.layers = nn.ModuleList(
-            NormalisedConvolution(a, b, 3, stride=2, groups=groups) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        widths = [inputs] * octaves
+        layers = [NormalisedConvolution(inputs, w, 3, 2, groups) for w in [*widths[1:], outputs]]
+        self.layers = nn.ModuleList(layers)
 
-    def bind(self) -> Features:
-        """The chain with its weights at hand."""
-        first, *others = [layer.bind() for layer in self.layers]  # type: ignore[operator]
-
-        def down(x: Tensor) -> Tensor:
-            x = first(x)
-            for layer in others:
-                x = layer(x.relu_())
-            return x
-
-        return down
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / 2^octaves, W / 2^octaves)."""
+        first, *others = self.layers
+        x = first(x)
+        for layer in others:
+            x = layer(x.relu())
+        return x
 
 
 class PostFusion(nn.Module):
     """What ends f at a scale: ReLU, 1x1 convolution, group norm."""
 
-    def __init__(self, channels: int, *, groups: int, affine: bool, weight_norm: bool) -> None:
+    def __init__(self, channels: int, config: MDEQConfig) -> None:
         super().__init__()
-        self.conv = Convolution(channels, channels, 1, weight_norm=weight_norm)
-        self.norm = GroupNorm(groups, channels, affine=affine)
+        self.conv = Convolution(channels, channels, 1, weight_norm=config.weight_norm)
+        self.norm = nn.GroupNorm(config.groups // 2, channels, affine=config.post_fusion_affine)
 
-    def bind(self, softplus: float | None) -> Features:
-        """The layer with its weight at hand."""
-        conv, norm, rectify = self.conv.bind(), self.norm.bind(), rectifier(softplus)
-        return lambda x: norm(conv(rectify(x)))
-
-
-@dataclass(frozen=True)
-class BoundTransformation:
-    """f_theta of one batch on the flat state (B, D): weights, injection and dropout masks are in place.
-
-    Attributes:
-        rows: f of these samples alone.
-        fast: The same compiled, for the solvers, with a tape of z's alone; None unless `MDEQ.compile_f` was called.
-    """
-
-    rows: Callable[[slice], Map]
-    fast: BoundTransformation | None = None
-
-    def __call__(self, state: Tensor) -> Tensor:
-        """f of the whole batch."""
-        return self.rows(slice(None))(state)
+    def forward(self, x: Tensor, softplus: float | None) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return self.norm(self.conv(rectify(x, softplus)))
 
 
 class Transformation(nn.Module):
-    """f_theta(z; x) for n scales.
+    """f_theta(z; x) for the scales of `config`."""
 
-    Args:
-        channels: C_i of each scale, highest resolution first.
-        expansion: k, the width of the residual blocks in multiples of C_i.
-        groups: Of every group norm but those after the fusion, which have half as many.
-        dropout: Of the residual blocks.
-        variational: Whether that dropout's mask is drawn once a solve.
-        weight_norm: On the blocks' and the post-fusion convolutions.
-        post_fusion_affine: Whether the norms after the fusion learn scale and shift.
-        upsampling: `nearest` as in the published weights, `bilinear` as in the paper's text.
-    """
-
-    def __init__(
-        self,
-        channels: tuple[int, ...],
-        *,
-        expansion: int,
-        groups: int,
-        dropout: float,
-        variational: bool,
-        weight_norm: bool,
-        post_fusion_affine: bool,
-        upsampling: Upsampling,
-    ) -> None:
+    def __init__(self, config: MDEQConfig) -> None:
         super().__init__()
-        self.channels, self.upsampling, self.compiled = channels, upsampling, False
-        self.blocks = nn.ModuleList(
-            ResidualBlock(
-                c,
-                expansion=expansion,
-                groups=groups,
-                dropout=dropout,
-                variational=variational,
-                weight_norm=weight_norm,
-            )
-            for c in channels
-        )
-        self.fusion = nn.ModuleList(
-            nn.ModuleList(_fusion(channels, i, j, groups) for i in range(len(channels))) for j in range(len(channels))
-        )
-        self.post = nn.ModuleList(
-            PostFusion(c, groups=groups // 2, affine=post_fusion_affine, weight_norm=weight_norm) for c in channels
-        )
+        channels, scales = config.channels, range(len(config.channels))
+        self.upsampling = config.upsampling
+        self.blocks = nn.ModuleList(ResidualBlock(c, config) for c in channels)
+        self.fusion = nn.ModuleList()
+        for j in scales:
+            incoming = [_fusion(channels, i, j, config.groups) for i in scales]
+            self.fusion.append(nn.ModuleList(incoming))
+        self.post = nn.ModuleList(PostFusion(c, config) for c in channels)
 
-    def bind(self, x: Tensor, scales: Scales, softplus: float | None = None) -> BoundTransformation:
-        """f on the flat state (B, D), for the injection `x` (B, C_1, H, W).
+    def forward(self, z: list[Tensor], x: Tensor, softplus: float | None = None) -> list[Tensor]:
+        """f_theta of a batch.
 
-        Weight normalisation and, in training mode, the dropout masks are computed here, once a solve.
+        Args:
+            z: (B, C_i, H_i, W_i) per scale.
+            x: The injection (B, C_1, H_1, W_1), added at scale 1.
+            softplus: Curvature of the softplus that replaces the last ReLUs; None for ReLU.
+
+        Returns:
+            The shapes of `z`.
         """
-        masks = [block.draw(x) for block in self.blocks]  # type: ignore[operator]
-        fast = None
-        if self.compiled:
-            with torch.no_grad():
-                constant = self._bind(x, masks, scales, softplus)
-            fast = BoundTransformation(lambda rows: partial(_run(), constant(rows)))
-        return BoundTransformation(self._bind(x, masks, scales, softplus), fast)
+        injections = [x, *[None] * (len(z) - 1)]
+        features = []
+        for block, z_i, injection in zip(self.blocks, z, injections, strict=True):
+            features.append(block(z_i, injection, softplus))
+        return [post(self._fuse(features, j), softplus) for j, post in enumerate(self.post)]
 
-    def _bind(
-        self, x: Tensor, masks: list[Tensor | None], scales: Scales, softplus: float | None
-    ) -> Callable[[slice], Map]:
-        n, x = len(self.channels), held(x)
-        blocks = [block.bind(softplus) for block in self.blocks]  # type: ignore[operator]
-        fusion = [[self.fusion[j][i].bind() if i != j else None for i in range(n)] for j in range(n)]  # type: ignore[index]
-        post = [layer.bind(softplus) for layer in self.post]  # type: ignore[operator]
+    def on_states(self, x: Tensor, scales: Scales, softplus: float | None = None) -> StateMap:
+        """f on flat states (B, D), for the injection `x`: what is fixed in a solve is computed here.
 
-        def at(rows: slice) -> Map:
-            injections = [_own(x[rows])] + [None] * (n - 1)
-            drawn = [mask if mask is None else _own(mask[rows]) for mask in masks]
+        That is the effective weights and, in training mode, the variational dropout's masks.
+        """
+        samples, weights = {"x": x}, {}
+        for name, module in self.named_modules():
+            if isinstance(module, Convolution):
+                weights[f"{name}.held"] = module.weight
+                continue
+            if (
+                isinstance(module, ChannelDropout)
+                and module.variational
+                and module.training
+                and module.p
+            ):
+                samples[f"{name}.held"] = module.draw(x)
+            for parameter, value in module.named_parameters(recurse=False):
+                weights[f"{name}.{parameter}"] = value
+        return StateMap(self, scales, softplus, samples, weights)
 
-            def f(state: Tensor) -> Tensor:
-                features = [blocks[i](z, injections[i], drawn[i]) for i, z in enumerate(scales.split(state))]
-                return scales.flatten([post[j](self._fuse(features, fusion[j], j)) for j in range(n)])
-
-            return f
-
-        return at
-
-    def _fuse(self, features: list[Tensor], incoming: list[Features | None], j: int) -> Tensor:
+    def _fuse(self, features: list[Tensor], j: int) -> Tensor:
         """The sum at scale j of what all scales send there, (B, C_j, H_j, W_j)."""
         total = features[j]
-        for i, layer in enumerate(incoming):
-            if layer is not None:
-                sent = layer(features[i])
-                total = total + (sent if i < j else self._upsample(sent, features[j]))
-        return total.clone() if total is features[j] else total
+        for i, layer in enumerate(self.fusion[j]):  # type: ignore[arg-type]
+            if i < j:
+                total = total + layer(features[i])
+            elif i > j:
+                total = total + self._upsample(layer(features[i]), total)
+        return total
 
     def _upsample(self, x: Tensor, like: Tensor) -> Tensor:
         size = like.shape[-2:]
         if self.upsampling == "nearest":
-            return F.interpolate(x, size=size, mode="nearest")
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def _own(part: Tensor) -> Tensor:
-    """A tensor of its own: to a compiled f, where a part of a batch begins in its storage is a part of its type."""
-    return part.clone() if part.storage_offset() else part
-
-
-@cache
-def _run() -> Callable[[Map, Tensor], Tensor]:
-    """One compiled function for every f, so that a new batch finds what an earlier one compiled."""
-    return torch.compile(lambda f, state: f(state))
+            return F.interpolate(x, size, mode="nearest")
+        return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def _fusion(channels: tuple[int, ...], i: int, j: int, groups: int) -> nn.Module:
-    """The layer from scale i to scale j; upsampling itself has no parameters and follows a 1x1 convolution."""
+    """The layer from scale i to scale j; upsampling itself has no parameters."""
     if i == j:
         return nn.Identity()
     if i < j:
-        return Downsampling(channels[i], channels[j], j - i, groups=groups)
-    return NormalisedConvolution(channels[i], channels[j], 1, stride=1, groups=groups)
+        return Downsampling(channels[i], channels[j], j - i, groups)
+    return NormalisedConvolution(channels[i], channels[j], 1, 1, groups)
+
+
+@dataclass(frozen=True)
+class StateMap:
+    """f_theta of one batch as a map of flat states (B, D), a function of its inputs and nothing else.
+
+    Attributes:
+        f: The transformation.
+        scales: The shapes that split a state.
+        softplus: See `Transformation.forward`.
+        samples: The injection "x" and the masks by their names in `f`, one row per sample.
+        weights: The weights by their names in `f`.
+    """
+
+    f: Transformation
+    scales: Scales
+    softplus: float | None
+    samples: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All tensors, besides the state, that f depends on."""
+        return (*self.samples.values(), *self.weights.values())
+
+    def __call__(self, state: Tensor, *inputs: Tensor) -> Tensor:
+        """f at a state (B, D), with other `inputs` in place of its own if any are given."""
+        names = [*self.samples, *self.weights]
+        values = dict(zip(names, inputs or self.inputs, strict=True))
+        arguments = (self.scales.split(state), values.pop("x"), self.softplus)
+        return self.scales.flatten(functional_call(self.f, values, arguments, tie_weights=False))
+
+    def part(self, rows: slice) -> StateMap:
+        """f of these samples alone."""
+        return replace(self, samples={name: value[rows] for name, value in self.samples.items()})
