@@ -1,45 +1,51 @@
-# What the pipeline needs to run, with a copy of it in /app; a checkout mounted there keeps its results:
+# syntax=docker/dockerfile:1
+# The packages that the pipeline needs, at the versions of constraints.txt, and a copy of the pipeline in /app. A checkout
+# mounted there keeps its results:
 #   docker build -t mdeq .
-#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/app" mdeq     # --gpus all --shm-size 2g: with NVIDIA's toolkit
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/app" mdeq
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/app" --gpus all --shm-size 2g mdeq
 # Without CUDA, several GB smaller:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t mdeq .
-FROM python:3.11-slim-bookworm
+FROM python:3.11-slim-bookworm AS packages
 
-# For opencv-python, whose windows are never opened: glib, and libGL without the drivers that its package would bring;
-# for DVC and MLflow: sqlite and git; and dumb-init, which hands a stop on to the whole pipeline
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN python -m venv --copies /venv
+COPY pyproject.toml constraints.txt /tmp/
+
+# torch weighs most and changes least
+ARG TORCH_INDEX=
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /venv/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c /tmp/constraints.txt torch torchvision
+
+# OpenCV without its windows, which would need a display's libraries; its version is that of opencv-python
+WORKDIR /tmp
+RUN --mount=type=cache,target=/root/.cache/pip \
+    sed 's/^opencv-python==/opencv-python-headless==/' constraints.txt > image-constraints.txt \
+    && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['pipeline'], sep='\n')" \
+        | sed 's/^opencv-python>/opencv-python-headless>/' > requirements.txt \
+    && /venv/bin/pip install -c image-constraints.txt -r requirements.txt
+
+FROM python:3.11-slim-bookworm
+LABEL org.opencontainers.image.title="mdeq" \
+      org.opencontainers.image.description="Multiscale Deep Equilibrium Models: the paper as a pipeline" \
+      org.opencontainers.image.licenses="MIT"
+
+# git and sqlite for DVC and MLflow; dumb-init passes a stop on to the whole pipeline
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends dumb-init git libglib2.0-0 libsqlite3-0 libx11-6 \
-    && apt-get download libgl1 libglvnd0 libglx0 \
-    && for package in libgl*.deb; do dpkg -x "$package" /; done \
-    && rm -rf libgl*.deb /var/lib/apt/lists/* \
+    && apt-get install -y --no-install-recommends dumb-init git libsqlite3-0 \
+    && rm -rf /var/lib/apt/lists/* \
     && mkdir -m 777 /app /store
+COPY --from=packages /venv /venv
 WORKDIR /app
-
-# What weighs most and changes least comes first; less triton (1 GB), which compiles models, where there is a C compiler
-ARG TORCH_INDEX=
-ARG PACKAGES=/usr/local/lib/python3.11/site-packages
-# hadolint ignore=DL3013,DL3042
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision \
-    && rm -rf "$PACKAGES/triton" && find "$PACKAGES" -name tests -type d -prune -exec rm -rf {} +
-
-COPY pyproject.toml ./
-# hadolint ignore=DL3042
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /tmp/requirements.txt \
-    && pip install -r /tmp/requirements.txt \
-    && rm /tmp/requirements.txt \
-    && find "$PACKAGES" -name tests -type d -prune -exec rm -rf {} +
-
 COPY . .
 RUN chmod -R a+rwX /app
 
-# Any user will do; whoever it is has a home and a name
+# Any user will do: whoever it is has a home and a name
 USER 1000
-ENV HOME=/tmp USER=mdeq DVC_SITE_CACHE_DIR=/tmp/dvc PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-# As Ctrl-C: the stage saves its state, DVC frees its locks, and the same command goes on
+ENV PATH=/venv/bin:$PATH HOME=/tmp USER=mdeq DVC_SITE_CACHE_DIR=/tmp/dvc \
+    PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# As Ctrl-C: the stage saves its state, DVC frees its locks, and the same command resumes
 STOPSIGNAL SIGINT
 ENTRYPOINT ["dumb-init", "--"]
 CMD ["sh", "-c", "[ -e .git ] || dvc config --local core.no_scm true; python -m pipeline check && dvc repro && python -m pipeline sync && python -m pipeline show"]
