@@ -1,0 +1,1 @@
+"""Training: the loop, its resumable state, and what the three training stages share."""
