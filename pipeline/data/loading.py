@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.processes import Share
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch is read here: `pieces` micro-batches of process `rank` among `processes`."""
+
+    rank: int = 0
+    processes: int = 1
+    pieces: int = 1
+
+    def bounds(self, samples: int) -> list[tuple[int, int]]:
+        """First and last + 1 of each piece, of a batch of `samples`; a piece may be empty."""
+        parts, first = self.processes * self.pieces, self.rank * self.pieces
+        return [(samples * p // parts, samples * (p + 1) // parts) for p in range(first, first + self.pieces)]
 
 
 @dataclass(frozen=True)
