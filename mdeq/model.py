@@ -1,4 +1,4 @@
-"""The multiscale deep equilibrium model: stem, input injection, equilibrium z*, head (Fig. 1, Fig. 3a)."""
+"""The multiscale deep equilibrium model: stem, injection, equilibrium z*, head (Fig. 1, Fig. 3a)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits (B, classes) or (B, classes, H_1, W_1), and their equilibrium (explicit models: None)."""
+    """Logits (B, classes) or (B, classes, H_1, W_1), and the equilibrium (explicit models: None)."""
 
     logits: Tensor
     equilibrium: Equilibrium | None
@@ -109,9 +109,8 @@ class MDEQ(nn.Module):
         if z0 is None:
             z0 = zero
         elif z0.shape != zero.shape:
-            raise ValueError(
-                f"z0: a state of these images has the shape {tuple(zero.shape)}, not {tuple(z0.shape)}"
-            )
+            shapes = f"{tuple(zero.shape)}, not {tuple(z0.shape)}"
+            raise ValueError(f"z0: a state of these images has the shape {shapes}")
         solution = None
         steps = self.config.unrolled if unroll_steps is None else unroll_steps
         if steps is not None:
@@ -128,7 +127,7 @@ class MDEQ(nn.Module):
     def fixed_point_problem(
         self, image: Tensor, *, softplus: float | None = None
     ) -> tuple[StateMap, Tensor, Scales]:
-        """f on flat states for this batch, the start z = 0 (B, D), and the shapes that split a state."""
+        """f on flat states for this batch, the start z = 0 (B, D), and the shapes of a state."""
         x = self.inject(image)
         scales = Scales.of(self.config.channels, *x.shape[-2:])
         # like the weights, not like x: autocast may have x in half precision, a state never is
@@ -140,7 +139,7 @@ class MDEQ(nn.Module):
         return self.stage0(self.stem(image.contiguous(memory_format=torch.channels_last)))
 
     def _solve(self, f: StateMap, z0: Tensor) -> tuple[Tensor, Solution]:
-        """The equilibrium of the batch; as samples never feel each other, parts are solved in turn."""
+        """The equilibrium of the batch, solved in parts: samples never feel each other."""
         size = self._part_size(z0)
         if size >= len(z0):
             return self._solve_part(f, z0, self.on_backward)
@@ -213,7 +212,7 @@ class Network(nn.Module):
         softplus: float | None = None,
         jacobian_probes: int = 0,
     ) -> Prediction:
-        """Logits (B, classes) or (B, classes, H_1, W_1); the arguments are those of `MDEQ.forward`."""
+        """Logits of a batch (B, 3, H, W); the arguments are those of `MDEQ.forward`."""
         z = self.backbone(
             image,
             z0=z0,

@@ -1,4 +1,4 @@
-"""f_theta (Fig. 1 and 2, Sec. 3.2, 3.3): a residual block at each scale, then multi-resolution fusion."""
+"""f_theta (Fig. 1 and 2, Sec. 3.2, 3.3): a residual block at each scale, then their fusion."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class MDEQConfig:
         batch_norm_momentum: Momentum of the batch norms of stem and head.
         train_output: What the head reads in training: `f(z*)` as published, or `z*`. In evaluation
             it always reads z*.
-        unrolled: Apply f that many times from 0 instead of solving, always: an explicit, weight-tied
-            network (Table 2).
+        unrolled: Apply f that many times from 0 instead of solving, always: an explicit,
+            weight-tied network (Table 2).
 
     Raises:
         ValueError: A value is out of its range, or the groups do not divide the channels.
@@ -159,7 +159,7 @@ def rectify(x: Tensor, softplus: float | None) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """3x3 convolution C -> kC, GN, ReLU, 3x3 convolution kC -> C, dropout, + x, GN, + z, ReLU, GN (Eq. 5)."""
+    """3x3 conv C -> kC, GN, ReLU, 3x3 conv kC -> C, dropout, + x, GN, + z, ReLU, GN (Eq. 5)."""
 
     def __init__(self, channels: int, config: MDEQConfig) -> None:
         super().__init__()
@@ -259,9 +259,9 @@ class Transformation(nn.Module):
         return [post(self._fuse(features, j), softplus) for j, post in enumerate(self.post)]
 
     def on_states(self, x: Tensor, scales: Scales, softplus: float | None = None) -> StateMap:
-        """f on flat states (B, D), for the injection `x`: what is fixed in a solve is computed here.
+        """f on flat states (B, D), for the injection `x`: what a solve keeps is computed here.
 
-        That is the effective weights and, in training mode, the variational dropout's masks.
+        That is the effective weights and, in training mode, the masks of variational dropout.
         """
         samples, weights = {"x": x}, {}
         for name, module in self.named_modules():
@@ -307,7 +307,7 @@ def _fusion(channels: tuple[int, ...], i: int, j: int, groups: int) -> nn.Module
 
 @dataclass(frozen=True)
 class StateMap:
-    """f_theta of one batch as a map of flat states (B, D), a function of its inputs and nothing else.
+    """f_theta of one batch as a map of flat states (B, D), a function of its inputs alone.
 
     Attributes:
         f: The transformation.
