@@ -1,93 +1,181 @@
-"""What a person sees of a training run: a bar with live solver figures on a terminal, plain lines in a log.
+"""What a person sees of long work: a bar on a terminal, a line every half minute in a log.
 
-It also hands the tracker what a durable checkpoint covers, no step twice.
+A line that cannot be written (a closed or full stderr, a terminal of few characters) never stops the
+work.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import rich.progress as rich
 from rich.console import Console
 
-from pipeline.data.manifest import SECONDS_A_LINE
-from pipeline.training import Row
+from pipeline.errors import escaped
 
-if TYPE_CHECKING:
-    from pipeline.tracking import Tracker
+SECONDS_PER_LINE = 30.0
+PATIENCE = 100  # updates whose solves all fail, before that is said
+MEASURED_UPDATES, MEASURED_SECONDS = 20, 10.0  # before a training's duration is estimated
 
-PATIENCE = 100
+Item = TypeVar("Item")
+Row = dict[str, float]
 
 
-class Progress:
-    """Observes one training run; a context manager.
+def say(text: str) -> None:
+    """Writes a line to stderr; where that is impossible, this line and all later ones are dropped."""
+    stream = sys.stderr
+    if stream is None:  # closed before the start
+        return
+    encoding = stream.encoding or "ascii"
+    line = escaped(text).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(line, file=stream, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
+def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
+    """Passes on `items`, of which there are `total`, and shows how many are done."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    if on_terminal():
+        yield from rich.track(items, title, total, console=Console(stderr=True), transient=True)
+        return
+    last = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last > SECONDS_PER_LINE:
+            last = time.monotonic()
+            say(f"{title}: {number:,}" + (f" of {total:,}" if total else ""))
+
+
+class Training:
+    """The observer of a training, see `pipeline.train.loop.Observer`; a context manager.
 
     Args:
-        title: Of the bar.
-        tracker: Gets the metrics.
-        prefix: Of their names, to tell the seeds of a stage apart.
+        title: As "classify mdeq-small seed 0".
+        record: Called with each row to record, and its step.
         shown: Whether to print at all: of several processes one does.
     """
 
-    def __init__(self, title: str, tracker: Tracker, prefix: str, *, shown: bool = True) -> None:
-        self._tracker, self._prefix = tracker, prefix
-        self.log: list[tuple[int, Row]] = []  # what the last checkpoint covers
-        self._lost = 0  # updates in a row whose solver came no nearer to an equilibrium than its start
-        self._title = title
-        self._shown, self._terminal = shown, shown and sys.stderr.isatty()
-        self._last_line = time.monotonic()
+    def __init__(
+        self, title: str, record: Callable[[Row, int], None], *, shown: bool = True
+    ) -> None:
+        self._title, self._record, self._shown = title, record, shown
+        self._terminal = shown and on_terminal()
+        self._last_line = self._since = time.monotonic()
+        self._first_step: int | None = None  # of this phase, whose duration is measured
+        self._solves = False
+        self._failures = 0  # in a row
         columns = (
-            rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-            rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[figures]}"),
-        )  # fmt: skip
-        self._bar = rich.Progress(*columns, console=Console(stderr=True), disable=not self._terminal)
-        self._steps = self._bar.add_task(title, total=None, figures="")
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TimeRemainingColumn(),
+            rich.TextColumn("{task.fields[figures]}"),
+        )
+        self._bar = rich.Progress(
+            *columns, console=Console(stderr=True), disable=not self._terminal
+        )
+        self._updates = self._bar.add_task(title, total=None, figures="")
         self._validation = self._bar.add_task("validation", total=None, visible=False, figures="")
 
-    def __enter__(self) -> Progress:
-        self._bar.start()
+    def __enter__(self) -> Training:
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.stop()
 
     def step(self, step: int, total: int, values: Row) -> None:
         """Shows an update and its figures."""
-        text = _figures(values)
-        self._lost = self._lost + 1 if values.get("solver/forward_residual", 0.0) >= 1 else 0
-        if self._lost == PATIENCE:
-            print(
-                f"{self._title}: step {step}: for {PATIENCE} updates the solver found nothing nearer to an equilibrium "
-                "than z = 0; training goes on with its best iterates. More forward.steps or a longer warm_up help",
-                file=sys.stderr,
-                flush=True,
-            )
-        self._bar.update(self._steps, completed=step, total=total, figures=text)
-        due = step == total or time.monotonic() - self._last_line > SECONDS_A_LINE
-        if due and self._shown and not self._terminal:
+        figures = _figures(values)
+        self._bar.update(self._updates, completed=step, total=total, figures=figures)
+        self._estimate(step, total, values)
+        self._watch_solver(step, values)
+        due = step == total or time.monotonic() - self._last_line > SECONDS_PER_LINE
+        if due and not self._terminal:
             self._last_line = time.monotonic()
-            print(f"{self._title}: step {step}/{total} {text}", file=sys.stderr, flush=True)
+            self._say(f"step {step}/{total}  {figures}")
 
-    def validating(self, done: int, total: int) -> None:
-        """Shows a validation batch."""
-        self._bar.update(self._validation, completed=done, total=total, visible=done < total)
+    def validating(self, batches: Collection[Any]) -> Iterator[Any]:
+        """Passes on the batches of a validation and shows them."""
+        if not self._terminal:
+            yield from track(batches, f"{self._title}: validation") if self._shown else batches
+            return
+        self._bar.reset(self._validation, total=len(batches), visible=True)
+        for batch in batches:
+            yield batch
+            self._bar.advance(self._validation)
+        self._bar.update(self._validation, visible=False)
 
-    def saved(self, log: list[tuple[int, Row]]) -> None:
-        """Sends the rows that a checkpoint now covers."""
-        for step, row in log[len(self.log) :]:
-            self._tracker.metrics({self._prefix + name: value for name, value in row.items()}, step)
-        self._tracker.flush()
-        self.log = list(log)
+    def record(self, step: int, row: Row) -> None:
+        """Records a row of the run."""
+        self._record(row, step)
+
+    def _say(self, text: str) -> None:
+        if self._shown:
+            say(f"{self._title}: {text}")
+
+    def _estimate(self, step: int, total: int, values: Row) -> None:
+        """Says how long the training will take, once per kind of update: unrolled ones are others."""
+        solves = "solver/nfe" in values
+        now = time.monotonic()
+        if self._first_step is None or solves != self._solves:
+            self._first_step, self._solves, self._since = step, solves, now
+            self._said = False
+            return
+        updates, seconds = step - self._first_step, now - self._since
+        if self._said or updates < MEASURED_UPDATES or seconds < MEASURED_SECONDS:
+            return
+        self._said = True
+        each = seconds / updates
+        left = duration(each * (total - step))
+        self._say(f"about {left} left on this machine, at {each:.2g} s per update")
+
+    def _watch_solver(self, step: int, values: Row) -> None:
+        failed = values.get("solver/forward_residual", 0.0) >= 1
+        self._failures = self._failures + 1 if failed else 0
+        if self._failures == PATIENCE:
+            self._say(
+                f"step {step}: for {PATIENCE} updates the solver found nothing nearer to an "
+                "equilibrium than its start; training continues with its best iterates. "
+                "Raise forward.steps or warm_up.steps"
+            )
+
+
+def duration(seconds: float) -> str:
+    """A duration in words, such as "6.2 hours"."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
 
 
 def _figures(values: Row) -> str:
     shown = {
-        "loss/train": "loss", "solver/forward_residual": "residual", "solver/backward_residual": "adjoint",
+        "loss/train": "loss",
+        "solver/forward_residual": "residual",
+        "solver/backward_residual": "adjoint",
         "time/images_per_second": "images/s",
-    }  # fmt: skip
-    return "  ".join(f"{label} {values[name]:.3g}" for name, label in shown.items() if name in values)
+    }
+    return "  ".join(f"{label} {values[key]:.3g}" for key, label in shown.items() if key in values)
