@@ -1,13 +1,21 @@
 """Checks of settings, called by a dataclass when it is made: a wrong value never gets further.
 
-Each takes keyword arguments, `name=value`, and raises a ValueError that begins with `name:`, so that whoever
-reports it can say which key is wrong. None passes: it stands for a setting that is not used.
+Each takes keyword arguments, `name=value`, and raises a ValueError that begins with `name:`, so
+that whoever reports it can say which key is wrong. None passes all but `given`: it stands for a
+setting that is not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Real
+
+
+def given(**values: object) -> None:
+    """Values that are not None."""
+    for name, value in values.items():
+        if value is None:
+            raise ValueError(f"{name}: must be given")
 
 
 def whole(least: int, **values: object) -> None:
@@ -33,7 +41,9 @@ def above(bound: float, **values: object) -> None:
             raise ValueError(f"{name}: must be a number greater than {bound:g}, not {value!r}")
 
 
-def between(low: float, high: float, *, open_low: bool = False, open_high: bool = False, **values: object) -> None:
+def between(
+    low: float, high: float, *, open_low: bool = False, open_high: bool = False, **values: object
+) -> None:
     """Numbers from `low` to `high`; an open end is itself excluded."""
     for name, value in values.items():
         if value is None:
@@ -65,4 +75,8 @@ def instance(kinds: tuple[type, ...], **values: object) -> None:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and float("-inf") < float(value) < float("inf")
+    return (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and float("-inf") < float(value) < float("inf")
+    )

@@ -1,31 +1,31 @@
-"""Solve z = f(z) without a graph, and differentiate the solution (Sec. 3.1, Eq. 3 and 4).
+"""Solve z = f(z) without a tape, and differentiate the solution (Sec. 3.1, Eq. 3 and 4).
 
-The forward pass costs the memory of one evaluation of f however many the solver makes: only the last one, at the
-equilibrium, is on the tape. Its vector-Jacobian products then serve the adjoint.
-
-As samples never feel each other, a batch may be solved a few samples at a time: the solver's history is then that of
-those few, and on a CPU their features stay in the cache.
+The forward pass costs the memory of one evaluation of f however many the solver makes: only the
+last one, at the equilibrium, is on the tape. Its vector-Jacobian products then serve the adjoint.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 
+from mdeq.checks import above, between, given, instance, whole
+from mdeq.maps import FlatMap, State, depends_beyond, flat_problem, refused, vjp
 from mdeq.reversible import reversible
 from mdeq.solvers import Anderson, Broyden, FixedPoint, Gmres, Map, Solution, Solver
+
+OnBackward = Callable[[Solution], None]
 
 
 @dataclass(frozen=True)
 class Implicit:
-    """The implicit gradient: solves the adjoint u = J^T u + dl/dz* (Eq. 4), once differentiable.
+    """The implicit gradient: solves the adjoint u = J^T u + dl/dz* (Eq. 4), to every order.
 
     Whatever the solver, its relative residual is measured against |dl/dz*|.
 
@@ -36,28 +36,42 @@ class Implicit:
     solver: Broyden | Anderson | FixedPoint | Gmres = Gmres(steps=20)
     kind: Literal["implicit"] = "implicit"
 
+    def __post_init__(self) -> None:
+        given(solver=self.solver)
+        instance((Broyden, Anderson, FixedPoint, Gmres), solver=self.solver)
+        whole(1, steps=self.solver.steps)
+
 
 @dataclass(frozen=True)
 class Phantom:
-    """The phantom gradient (Geng et al., NeurIPS 2021): back-propagation through damped applications of f at z*.
+    """The phantom gradient (Geng et al., NeurIPS 2021): through damped applications of f at z*.
 
     One step with damping 1 is the Jacobian-free gradient (Fung et al., AAAI 2022).
 
     Args:
         steps: Applications, all on the tape.
-        damping: Weight of f in each.
+        damping: Weight of f in each, above 0.
     """
 
     steps: int = 5
     damping: float = 0.5
     kind: Literal["phantom"] = "phantom"
 
+    def __post_init__(self) -> None:
+        given(steps=self.steps, damping=self.damping)
+        whole(1, steps=self.steps)
+        above(0, damping=self.damping)
+
 
 @dataclass(frozen=True)
 class Reversible:
-    """The exact gradient of the steps really taken, by `reversible`; `steps` of them, each two evaluations of f.
+    """The exact gradient of the steps really taken, by `reversible`; once differentiable.
 
-    Where gradients are wanted these steps replace the forward solver.
+    Where gradients are enabled these steps replace the forward solver.
+
+    Args:
+        steps: Each evaluates f twice.
+        damping: Strictly between 0 and 1: the way back divides by both.
     """
 
     steps: int = 8
@@ -65,107 +79,120 @@ class Reversible:
     kind: Literal["reversible"] = "reversible"
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < 1:
-            raise ValueError(f"damping: between 0 and 1, which the way back divides by, not {self.damping}")
+        given(steps=self.steps, damping=self.damping)
+        whole(1, steps=self.steps)
+        between(0, 1, open_low=True, open_high=True, damping=self.damping)
 
 
-@runtime_checkable
-class BatchMap(Protocol):
-    """f of a batch that also gives f of some of its samples."""
-
-    def __call__(self, z: Tensor, /) -> Tensor: ...
-
-    def rows(self, rows: slice, /) -> Map:
-        """f of these samples alone."""
-        ...
+Gradient = Implicit | Phantom | Reversible
 
 
+@torch.compiler.disable
 def equilibrium(
-    f: Map | BatchMap,
-    z0: Tensor,
+    f: Callable[..., State],
+    z0: State,
     forward: Solver,
-    backward: Implicit | Phantom | Reversible,
-    on_backward: Callable[[Solution], None] | None = None,
-    at_once: int | None = None,
-    fast: Map | BatchMap | None = None,
-) -> tuple[Tensor, Solution]:
-    """The equilibrium of f from `z0` (B, D), differentiable in all that f depends on.
+    backward: Gradient,
+    *,
+    inputs: Sequence[Tensor] = (),
+    on_backward: OnBackward | None = None,
+) -> tuple[State, Solution]:
+    """The equilibrium z* = f(z*, *inputs) from `z0`, differentiable in all that f depends on.
+
+    First derivatives through `Implicit` and `Phantom` reach whatever f depends on. Derivatives of
+    higher order through `Implicit`, and all through `Reversible`, need f to name what it depends
+    on: its `inputs`, and the parameters if it is a module. Asking for one that f hides is an error.
 
     Args:
-        f: Acts on each sample alone; called under no_grad by the solver, then once (or `Phantom.steps` times) on tape.
-        z0: The starting point; no gradient flows to it.
+        f: A function or module of z and `inputs` that returns the like of z. It acts on each sample
+            alone. The solver calls it under no_grad and `parametrize.cached()`, so that what a
+            parametrization computes is computed once; then once (or `Phantom.steps` times) on tape.
+        z0: The start: a tensor (B, ...), or a tuple, list or dict of some, floating and of one
+            dtype. No gradient flows to it.
         forward: Solves z = f(z).
         backward: How the solution is differentiated.
-        on_backward: Called with the adjoint's solution in each backward pass through `Implicit` or `Reversible`.
-        at_once: Solve at most that many samples at a time, for which f must be a `BatchMap`; None for the whole batch.
-
-        fast: f once more for the solvers alone, forward and adjoint: compiled perhaps, or with its parameters detached.
-            f itself is then evaluated only for the tape.
+        inputs: What f takes after z.
+        on_backward: Called with the adjoint's solution in each backward pass through `Implicit`,
+            with the reconstruction of the start in each through `Reversible`.
 
     Returns:
-        Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*, (B, D); the forward solution.
+        Where gradients are enabled f(z*) (damped and repeated for `Phantom`), else z*, of the kind
+        of `z0`; and the forward solution, flat (B, D).
 
     Raises:
-        TypeError: `at_once` is given, and f is no `BatchMap`.
+        TypeError: `z0` is no state, an input no tensor, or f returns another kind or dtype.
+        ValueError: The tensors of `z0` do not fit each other, or f returns another shape.
     """
-    if at_once is None or at_once >= len(z0):
-        return _equilibrium(f, z0, forward, backward, on_backward, fast)
-    if not isinstance(f, BatchMap) or not isinstance(fast, BatchMap | None):
-        raise TypeError("at_once: f has no `rows`, so it cannot be solved a few samples at a time")
-    even = math.ceil(len(z0) / math.ceil(len(z0) / at_once))  # parts of one size
-    rows = [slice(start, start + even) for start in range(0, len(z0), even)]
-    adjoints: dict[int, Solution] = {}
-
-    def collect(i: int, part: Solution) -> None:
-        adjoints[i] = part
-        if on_backward is not None and len(adjoints) == len(rows):
-            on_backward(Solution.joined([adjoints.pop(i) for i in range(len(rows))]))
-
-    parts = [
-        _equilibrium(f.rows(part), z0[part].clone(), forward, backward, partial(collect, i), fast and fast.rows(part))
-        for i, part in enumerate(rows)
-    ]
-    values, solutions = zip(*parts, strict=True)
-    return torch.cat(values), Solution.joined(solutions)
-
-
-def _equilibrium(
-    f: Map,
-    z0: Tensor,
-    forward: Solver,
-    backward: Implicit | Phantom | Reversible,
-    on_backward: Callable[[Solution], None] | None,
-    fast: Map | None,
-) -> tuple[Tensor, Solution]:
-    f, fast = _in_state_precision(f, z0), fast and _in_state_precision(fast, z0)
+    flat, start = flat_problem(f, z0, inputs)
     if isinstance(backward, Reversible) and torch.is_grad_enabled():
-        return reversible(f, z0, backward.steps, backward.damping, on_backward)
-    with torch.no_grad(), torch.autocast(z0.device.type, enabled=False):
-        solution = forward(fast or f, z0.detach())
-    if not torch.is_grad_enabled():
-        return solution.value, solution
-    if isinstance(backward, Phantom):
-        return _damped(f, solution.value, backward.steps, backward.damping), solution
-    assert isinstance(backward, Implicit)
-    z = solution.value.detach().requires_grad_(fast is None)
-    return _Adjoint.apply(f(z), z, backward.solver, on_backward, fast), solution  # type: ignore[return-value]
+        value, solution = reversible(flat, start, backward.steps, backward.damping, on_backward)
+    else:
+        solution = _solve(flat, start, forward)
+        value = _differentiable(flat, solution.value, backward, on_backward)
+    return flat.layout.restore(value), solution
 
 
-def unroll(f: Map, z0: Tensor, steps: int) -> Tensor:
-    """f applied `steps` times to `z0`, all on the tape: the weight-tied network of the warm-up (Eq. 1)."""
-    return _damped(_in_state_precision(f, z0), z0, steps, damping=1)
+@torch.compiler.disable
+def trajectory(
+    f: Callable[..., State],
+    z0: State,
+    forward: Solver,
+    backward: Implicit | Phantom,
+    keep: Sequence[int],
+    *,
+    inputs: Sequence[Tensor] = (),
+    on_backward: OnBackward | None = None,
+) -> tuple[list[State], Solution]:
+    """`equilibrium`, and before it the iterates `keep`, each differentiable: for correction losses.
+
+    Iterate k is where the solver evaluates f after k updates; a sample that stopped earlier repeats
+    its last iterate. Each state returned costs what `backward` costs at an equilibrium: one
+    evaluation of f on the tape (`Phantom.steps`), beside the `nfe` of the solver.
+
+    Returns:
+        One state per number in `keep`, then the equilibrium; and the forward solution.
+
+    Raises:
+        ValueError: A number in `keep` is negative, or `backward` is `Reversible`.
+    """
+    for step in keep:
+        whole(0, keep=step)
+    instance((Implicit, Phantom), backward=backward)
+    flat, start = flat_problem(f, z0, inputs)
+    recorder = _Recorder(flat, keep)
+    solution = _solve(recorder, start, forward)
+    states = [recorder.states.get(step, solution.value) for step in keep]
+    values = [_differentiable(flat, z, backward, on_backward) for z in (*states, solution.value)]
+    return [flat.layout.restore(value) for value in values], solution
 
 
-def _in_state_precision(f: Map, z0: Tensor) -> Map:
-    """f under the caller's autocast, its value in the precision of the state, in which the solver works."""
-    device = z0.device.type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+def unroll(
+    f: Callable[..., State], z0: State, steps: int, *, inputs: Sequence[Tensor] = ()
+) -> State:
+    """f applied `steps` times to `z0`, all on the tape: the weight-tied network of Eq. 1."""
+    whole(1, steps=steps)
+    flat, start = flat_problem(f, z0, inputs)
+    return flat.layout.restore(_damped(flat, start, steps, damping=1))
 
-    def precise(z: Tensor) -> Tensor:
-        with torch.autocast(device, dtype, enabled=enabled):
-            return f(z).to(z.dtype)
 
-    return precise
+class _Recorder:
+    """f that keeps the points of some of its evaluations."""
+
+    def __init__(self, f: Map, keep: Sequence[int]) -> None:
+        self.f, self.keep, self.count = f, keep, 0
+        self.states: dict[int, Tensor] = {}
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.count in self.keep:
+            self.states[self.count] = z.clone()
+        self.count += 1
+        return self.f(z)
+
+
+def _solve(f: Map, z0: Tensor, solver: Solver) -> Solution:
+    autocast = torch.autocast(z0.device.type, enabled=False)
+    with torch.no_grad(), autocast, parametrize.cached():
+        return solver(f, z0.detach())
 
 
 def _damped(f: Map, z: Tensor, steps: int, damping: float) -> Tensor:
@@ -174,53 +201,136 @@ def _damped(f: Map, z: Tensor, steps: int, damping: float) -> Tensor:
     return z
 
 
-class _Adjoint(torch.autograd.Function):
-    """Identity on f(z) whose backward pass replaces dl/df by the adjoint u; f(z)'s own tape carries u on."""
+def _differentiable(
+    f: FlatMap, z: Tensor, rule: Implicit | Phantom, on_backward: OnBackward | None
+) -> Tensor:
+    """The value at z that carries the rule's gradient; no adjoint is solved if none needs one."""
+    if not torch.is_grad_enabled():
+        return z
+    if isinstance(rule, Phantom):
+        return _damped(f, z, rule.steps, rule.damping)
+    leaf = z.detach().requires_grad_()
+    fz = f(leaf)
+    if not depends_beyond(fz, [leaf]):
+        return fz.detach()
+    return _apply(f.at, fz, leaf, rule.solver, on_backward, f.inputs)
+
+
+def _apply(
+    f: Callable[..., Tensor],
+    fz: Tensor,
+    z: Tensor,
+    solver: Solver | Gmres,
+    on_backward: OnBackward | None,
+    inputs: Sequence[Tensor],
+) -> Tensor:
+    return _Equilibrium.apply(f, fz, z, solver, on_backward, *inputs)  # type: ignore[return-value]
+
+
+class _Equilibrium(torch.autograd.Function):
+    """Identity on f(z) at an equilibrium z of f(., *inputs), with the derivatives of z(inputs).
+
+    The backward pass solves the adjoint u through the tape of f(z). Without `create_graph` it then
+    sends u down that tape. With it, the tape is of no use, as z there is a constant: instead f is
+    evaluated again at the differentiable equilibrium, the adjoint becomes the equilibrium of an
+    affine map of its own, and the inputs get their gradients directly. These are taken at aliases
+    of the inputs, since the inputs themselves are upstream of the equilibrium, too.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        f: Callable[..., Tensor],
         fz: Tensor,
         z: Tensor,
         solver: Solver | Gmres,
-        on_backward: Callable[[Solution], None] | None,
-        fast: Map | None,
+        on_backward: OnBackward | None,
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(fz, z)
-        ctx.solver, ctx.on_backward, ctx.fast = solver, on_backward, fast
-        return fz.view_as(fz)
+        value = fz.view_as(fz)
+        ctx.save_for_backward(fz, z, value, *inputs)
+        ctx.f, ctx.solver, ctx.on_backward = f, solver, on_backward
+        return value
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        fz, z = ctx.saved_tensors
-        if ctx.fast is not None:
-            with torch.enable_grad():
-                z = z.detach().requires_grad_()
-                fz = ctx.fast(z)
-
-        def product(u: Tensor) -> Tensor:  # J^T u
-            return torch.autograd.grad(fz, z, u, retain_graph=True)[0]
-
-        with torch.autocast(z.device.type, enabled=False):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        fz, z, value, *inputs = ctx.saved_tensors
+        product = partial(vjp, fz, z, retain_graph=True)  # u -> J^T u
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             solution = solve_adjoint(product, gradients[0], ctx.solver)
         if ctx.on_backward is not None:
             ctx.on_backward(solution)
-        return solution.value, None, None, None, None
+        u = solution.value
+        direct: Sequence[Tensor | None] = [None] * len(inputs)
+        if torch.is_grad_enabled():
+            u, direct = _connected(ctx, u, gradients[0], fz, z, value, inputs)
+        return None, u, None, None, None, *direct
+
+
+def _connected(
+    ctx: Any, u: Tensor, g: Tensor, fz: Tensor, z: Tensor, value: Tensor, inputs: Sequence[Tensor]
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """What the backward pass sends to f(z) and to the inputs, itself differentiable."""
+    z_star = value + (z - value).detach()
+    aliases = [tensor.view_as(tensor) for tensor in inputs]
+    again = ctx.f(z_star, *aliases)
+    _require_same(again, fz)
+    if depends_beyond(again, [z_star, *aliases]):
+        return refused(HIDDEN, u, fz, g), [None] * len(inputs)
+    affine = partial(_affine, ctx.f)
+    leaf = u.detach().requires_grad_()
+    u = _apply(
+        affine, affine(leaf, z_star, g, *inputs), leaf, ctx.solver, None, (z_star, g, *inputs)
+    )
+    wanted = [alias for alias in aliases if alias.requires_grad]
+    found = iter(torch.autograd.grad(again, wanted, u, create_graph=True, allow_unused=True))
+    return None, [next(found) if alias.requires_grad else None for alias in aliases]
+
+
+def _affine(f: Callable[..., Tensor], u: Tensor, z: Tensor, g: Tensor, *inputs: Tensor) -> Tensor:
+    """J(z, inputs)^T u + g, on the tape."""
+    with torch.enable_grad():
+        point = z.view_as(z)
+        return vjp(f(point, *inputs), point, u, create_graph=True) + g
+
+
+HIDDEN = (
+    "second derivative of an equilibrium: f depends on tensors that it does not name. Make f a "
+    "module, or pass them: equilibrium(f, z0, ..., inputs=(a, b)) with f(z, a, b)"
+)
+
+
+def _require_same(again: Tensor, fz: Tensor) -> None:
+    rounding = torch.finfo(fz.dtype).eps ** 0.5
+    room = rounding * float(fz.detach().abs().max())
+    if not torch.allclose(again, fz, rtol=rounding, atol=room, equal_nan=True):
+        raise RuntimeError(
+            "second derivative of an equilibrium: f no longer gives the value of the forward pass; "
+            "it is random, or what it depends on was changed"
+        )
 
 
 def solve_adjoint(product: Map, b: Tensor, solver: Solver | Gmres) -> Solution:
-    """u = J^T u + b, from the product u -> J^T u. `nfe` counts the products; the first residual, at u = 0, is b."""
+    """u = J^T u + b (Eq. 4), from the product u -> J^T u.
+
+    `nfe` counts the products; the first residual, at u = 0, is b.
+    """
     if isinstance(solver, Gmres):
         return solver(product, b)
-    first = True
-
-    def affine(u: Tensor) -> Tensor:
-        nonlocal first
-        if first:
-            first = False
-            return b
-        return product(u) + b
-
-    solution = solver(affine, torch.zeros_like(b), scale=torch.linalg.vector_norm(b, dim=1))
+    precision = torch.promote_types(b.dtype, torch.float32)
+    scale = torch.linalg.vector_norm(b, dim=1, dtype=precision)
+    solution = solver(_AdjointMap(product, b), torch.zeros_like(b), scale)
     return replace(solution, nfe=solution.nfe - 1, trace=solution.trace[1:])
+
+
+class _AdjointMap:
+    """u -> J^T u + b, whose first call, at u = 0, needs no product."""
+
+    def __init__(self, product: Map, b: Tensor) -> None:
+        self.product, self.b, self.started = product, b, False
+
+    def __call__(self, u: Tensor) -> Tensor:
+        if not self.started:
+            self.started = True
+            return self.b
+        return self.product(u) + self.b

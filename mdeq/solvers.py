@@ -1,17 +1,21 @@
-"""Solvers of z = f(z) on a flat state (B, D): `Broyden`, `Anderson`, `FixedPoint`; `Gmres` for the linear adjoint.
+"""Solvers of z = f(z) on a flat state (B, D), and GMRES for the linear adjoint.
 
-All four treat the samples of a batch as separate problems: residual, stopping and best iterate are per sample, so what
-a sample gets never depends on its neighbours. A solver of `steps` updates evaluates f at most `steps + 1` times.
+`Broyden`, `Anderson` and `FixedPoint` find z = f(z); `Gmres` solves u = A u + b. All treat the
+samples of a batch as separate problems: residual, stopping and best iterate are per sample, so what
+a sample gets never depends on its neighbours. They compute in float32 or better, whatever the
+precision of the state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from mdeq.checks import above, at_least, given, one_of, whole
 
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D), acting on each sample alone
 Stop = Literal["relative", "absolute"]
@@ -19,16 +23,21 @@ Stop = Literal["relative", "absolute"]
 
 @dataclass(frozen=True)
 class Solution:
-    """Where a solver arrived, per sample. Failure is data: a solver never raises because f misbehaves.
+    """Where a solver arrived, per sample. A solver never raises because f diverges: that is data.
+
+    The relative residual is |f(z) - z| / |f(z)|, where an f(z) whose root mean square is below the
+    precision of its numbers (1e-7 in float32) counts as that large: so a solution of 0 converges.
 
     Attributes:
-        value: (B, D) each sample's iterate of smallest residual; z0 only where nothing else was finite or z0 solves.
-        relative: (B,) |f(z) - z| / |f(z)| there.
+        value: (B, D) each sample's iterate of smallest residual; z0 only where nothing else was
+            finite or z0 solves.
+        relative: (B,) the relative residual there.
         absolute: (B,) |f(z) - z| there.
         steps: (B,) updates made until that iterate.
         converged: (B,) whether the residual that stops fell to the tolerance.
-        trace: (nfe, B) the residual that stops, a row an evaluation of f; a stopped sample repeats its last value.
-        nfe: calls of f; for a batch that was solved in parts those of the longest.
+        trace: (nfe, B) the residual that stops, one row per evaluation of f; a stopped sample
+            repeats its last value.
+        nfe: Calls of f; for a batch that was solved in parts, those of the longest.
     """
 
     value: Tensor
@@ -41,56 +50,95 @@ class Solution:
 
     @staticmethod
     def joined(parts: Sequence[Solution]) -> Solution:
-        """The solution of a batch from those of its parts; the traces of those that stopped early go on level."""
+        """The solution of a batch from those of its parts; shorter traces repeat their last row."""
         nfe = max(part.nfe for part in parts)
-        last = [p.trace[-1] if p.nfe else p.relative for p in parts]
-        traces = [torch.cat([p.trace, row.expand(nfe - p.nfe, -1)]) for p, row in zip(parts, last, strict=True)]
         return Solution(
-            value=torch.cat([p.value for p in parts]),
-            relative=torch.cat([p.relative for p in parts]),
-            absolute=torch.cat([p.absolute for p in parts]),
-            steps=torch.cat([p.steps for p in parts]),
-            converged=torch.cat([p.converged for p in parts]),
-            trace=torch.cat(traces, dim=1),
+            value=torch.cat([part.value for part in parts]),
+            relative=torch.cat([part.relative for part in parts]),
+            absolute=torch.cat([part.absolute for part in parts]),
+            steps=torch.cat([part.steps for part in parts]),
+            converged=torch.cat([part.converged for part in parts]),
+            trace=torch.cat([part._trace_of(nfe) for part in parts], dim=1),
             nfe=nfe,
         )
 
+    def _trace_of(self, rows: int) -> Tensor:
+        last = self.trace[-1] if self.nfe else self.relative
+        return torch.cat([self.trace, last.expand(rows - self.nfe, -1)])
+
 
 class Solver(Protocol):
-    """Finds z = f(z) from `z0` (B, D); `scale` (B,) replaces |f(z)| as the measure of the relative residual."""
+    """Finds z = f(z) from `z0` (B, D); `scale` (B,) replaces |f(z)| in the relative residual."""
 
     def __call__(self, f: Map, z0: Tensor, scale: Tensor | None = None) -> Solution: ...
 
 
 @dataclass(frozen=True)
-class Broyden:
-    """Broyden's good method with the inverse Jacobian of g(z) = f(z) - z starting at -I (Sec. 3.2, Appendix B.1).
-
-    That inverse is a product of rank-one factors made of the steps alone (Kelley, Iterative Methods for Linear and
-    Nonlinear Equations, 1995, Sec. 7.3), so the history is one (B, steps, D) tensor, read twice an update.
+class Limits:
+    """What all solvers share.
 
     Args:
-        steps: The limit T on updates.
+        steps: The limit on updates; f is evaluated at most `steps + 1` times.
         tolerance: A sample whose residual is at most this stops.
-        stop: Whether the tolerance speaks of the relative or the absolute residual.
-        check_every: Evaluations between two looks at whether every sample has stopped (a GPU waits at each).
+        stop: Whether the tolerance is of the relative or of the absolute residual.
+        check_every: Evaluations between two looks at whether every sample has stopped (a GPU waits
+            at each).
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     steps: int = 18
     tolerance: float = 1e-3
     stop: Stop = "relative"
     check_every: int = 1
-    kind: Literal["broyden"] = "broyden"
+
+    def __post_init__(self) -> None:
+        given(**vars(self))
+        whole(0, steps=self.steps)
+        at_least(0, tolerance=self.tolerance)
+        one_of(get_args(Stop), stop=self.stop)
+        whole(1, check_every=self.check_every)
+
+
+class _FixedPointSolver(Limits):
+    """Calls `_solve` in the precision that solvers compute in."""
 
     def __call__(self, f: Map, z0: Tensor, scale: Tensor | None = None) -> Solution:
+        """Find z = f(z) from `z0` (B, D); `scale` (B,) replaces |f(z)| in the relative residual."""
+        return _in_wide_precision(lambda f, z: self._solve(f, z, scale), f, z0)
+
+    def _solve(self, f: Map, z0: Tensor, scale: Tensor | None) -> Solution:
+        raise NotImplementedError
+
+
+def _in_wide_precision(solve: Callable[[Map, Tensor], Solution], f: Map, z: Tensor) -> Solution:
+    narrow = z.dtype
+    wide = torch.promote_types(narrow, torch.float32)
+    solution = solve(lambda z: f(z.to(narrow)).to(wide), z.to(wide))
+    return replace(solution, value=solution.value.to(narrow))
+
+
+@dataclass(frozen=True)
+class Broyden(_FixedPointSolver):
+    """Broyden's good method with an inverse Jacobian of f(z) - z that starts at -I.
+
+    The solver of Sec. 3.2 and Appendix B.1. The inverse is a product of rank-one factors made of
+    the steps alone (Kelley, Iterative Methods for Linear and Nonlinear Equations, 1995, Sec. 7.3),
+    so the history is one (B, steps, D) tensor, read twice per update. Arguments: see `Limits`.
+    """
+
+    kind: Literal["broyden"] = "broyden"
+
+    def _solve(self, f: Map, z0: Tensor, scale: Tensor | None) -> Solution:
         history = _StepHistory(z0, self.steps)
-        track = _Track(z0, self.tolerance, self.stop, scale)
+        track = _Track(z0, self, scale)
         z = z0
         for k in range(self.steps + 1):
             fz = f(z)
             g = fz - z
             track.record(g, fz)
-            if k == self.steps or track.all_stopped(k, self.check_every):
+            if k == self.steps or track.all_stopped():
                 break
             step, usable = history.next_step(g, track.active)
             track.active &= usable
@@ -99,7 +147,7 @@ class Broyden:
 
 
 class _StepHistory:
-    """The steps s_0, s_1, ... of Broyden's method, their Gram matrix, and the next step from a residual."""
+    """The steps s_0, s_1, ... of Broyden's method, their Gram matrix, and the next step."""
 
     def __init__(self, z0: Tensor, limit: int) -> None:
         batch, dim = z0.shape
@@ -108,11 +156,12 @@ class _StepHistory:
         self.count = 0
 
     def next_step(self, g: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The step at a point of residual `g`, zero for samples that are not active; and which steps are finite.
+        """The step at a point of residual `g`, and which steps are finite; 0 where not active.
 
-        With H_k = prod_j (I + s_{j+1} s_j^T / |s_j|^2) (-I), the vector u = -H_{k-1} g is g + sum_j a_j s_{j+1} where
-        |s_j|^2 a_j = s_j^T g + sum_{i<j} a_i s_j^T s_{i+1}: a triangular system in known dots. The Sherman-Morrison
-        formula then gives s_k = u / (1 - a_{k-1}).
+        With H_k = prod_j (I + s_{j+1} s_j^T / |s_j|^2) (-I), the vector u = -H_{k-1} g is
+        g + sum_j a_j s_{j+1} where |s_j|^2 a_j = s_j^T g + sum_{i<j} a_i s_j^T s_{i+1}: a
+        triangular system in known dots. The Sherman-Morrison formula then gives
+        s_k = u / (1 - a_{k-1}).
         """
         k = self.count
         step, row = self.steps[:, k], None
@@ -148,54 +197,83 @@ class _StepHistory:
         return torch.baddbmm(z0[:, None], chosen[:, None], self.steps[:, : self.count])[:, 0]
 
 
+class _Iteration(_FixedPointSolver):
+    """The loop of the solvers that need no history to recover the best iterate: they copy it."""
+
+    def _solve(self, f: Map, z0: Tensor, scale: Tensor | None) -> Solution:
+        track = _Track(z0, self, scale)
+        advance = self._advance(z0)
+        z, best = z0, z0.clone()
+        for k in range(self.steps + 1):
+            fz = f(z)
+            g = fz - z
+            best = torch.where(track.record(g, fz)[:, None], z, best)
+            if k == self.steps or track.all_stopped():
+                break
+            z = torch.where(track.active[:, None], advance(z, fz, g), z)
+        return track.solution(best)
+
+    def _advance(self, z0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The function from z, f(z) and f(z) - z to the next z."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Anderson:
-    """Anderson acceleration: the affine combination of the last `memory` iterates of smallest predicted residual.
+class Anderson(_Iteration):
+    """Anderson acceleration: the affine combination of the last iterates of smallest residual.
 
     In the form of Walker and Ni (SIAM J. Numer. Anal. 49, 2011). Keeps two (B, memory, D) tensors.
 
     Args:
-        steps: The limit on updates.
-        tolerance: A sample whose residual is at most this stops.
-        stop: Whether the tolerance speaks of the relative or the absolute residual.
         memory: Iterates kept.
-        ridge: Penalty on the weights, each scaled by the squared residual of its iterate, so that it has no unit.
+        ridge: Penalty on the weights, each scaled by the squared residual of its iterate, so that
+            it has no unit.
         mixing: Weight of f in the new iterate, 1 - mixing that of the old iterates.
-        check_every: Evaluations between two looks at whether every sample has stopped.
     """
 
-    steps: int = 18
-    tolerance: float = 1e-3
-    stop: Stop = "relative"
     memory: int = 6
     ridge: float = 1e-4
     mixing: float = 1.0
-    check_every: int = 1
     kind: Literal["anderson"] = "anderson"
 
-    def __call__(self, f: Map, z0: Tensor, scale: Tensor | None = None) -> Solution:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole(1, memory=self.memory)
+        at_least(0, ridge=self.ridge)
+        above(0, mixing=self.mixing)
+
+    def _advance(self, z0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return _AndersonHistory(z0, self)
+
+
+class _AndersonHistory:
+    """The last values f(z) and residuals f(z) - z, and the Gram matrix of the residuals."""
+
+    def __init__(self, z0: Tensor, solver: Anderson) -> None:
         batch, dim = z0.shape
-        values = z0.new_empty(batch, self.memory, dim)
-        residuals = z0.new_empty(batch, self.memory, dim)
-        gram = z0.new_zeros(batch, self.memory, self.memory)
+        memory = min(solver.memory, max(1, solver.steps))
+        self.solver, self.memory, self.count = solver, memory, 0
+        self.values = z0.new_empty(batch, memory, dim)
+        self.residuals = z0.new_empty(batch, memory, dim)
+        self.gram = z0.new_zeros(batch, memory, memory)
 
-        def advance(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-            slot, kept = k % self.memory, min(k + 1, self.memory)
-            values[:, slot], residuals[:, slot] = fz, g
-            row = torch.bmm(g[:, None], residuals[:, :kept].transpose(1, 2))[:, 0]
-            gram[:, slot, :kept], gram[:, :kept, slot] = row, row
-            weights = self._weights(gram[:, :kept, :kept], slot)[:, None]
-            mixed = torch.bmm(weights, values[:, :kept])[:, 0]
-            if self.mixing != 1:
-                mixed -= (1 - self.mixing) * torch.bmm(weights, residuals[:, :kept])[:, 0]
-            return mixed
-
-        return _iterate(self, f, z0, scale, advance)
+    def __call__(self, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+        slot, kept = self.count % self.memory, min(self.count + 1, self.memory)
+        self.count += 1
+        self.values[:, slot], self.residuals[:, slot] = fz, g
+        row = torch.bmm(g[:, None], self.residuals[:, :kept].transpose(1, 2))[:, 0]
+        self.gram[:, slot, :kept], self.gram[:, :kept, slot] = row, row
+        weights = self._weights(self.gram[:, :kept, :kept], slot)[:, None]
+        mixed = torch.bmm(weights, self.values[:, :kept])[:, 0]
+        if self.solver.mixing != 1:
+            residual = torch.bmm(weights, self.residuals[:, :kept])[:, 0]
+            mixed -= (1 - self.solver.mixing) * residual
+        return mixed
 
     def _weights(self, gram: Tensor, newest: int) -> Tensor:
-        """(B, m) weights of sum 1; the newest iterate alone where the system has no finite solution."""
+        """(B, m) weights of sum 1; the newest iterate alone where there is no finite solution."""
         square = gram.diagonal(dim1=1, dim2=2)
-        system = gram + torch.diag_embed(self.ridge * square)
+        system = gram + torch.diag_embed(self.solver.ridge * square)
         ones = torch.ones_like(square)
         weights, _ = torch.linalg.solve_ex(system, ones)
         weights = weights / weights.sum(1, keepdim=True)
@@ -205,86 +283,58 @@ class Anderson:
 
 
 @dataclass(frozen=True)
-class FixedPoint:
-    """Plain iteration z <- (1 - damping) z + damping f(z), with damping 1 Eq. 1: the paper's comparison in Figure 5.
+class FixedPoint(_Iteration):
+    """Plain iteration z <- (1 - damping) z + damping f(z); with damping 1, Eq. 1 and Figure 5.
 
     Args:
-        steps: The limit on updates.
-        tolerance: A sample whose residual is at most this stops.
-        stop: Whether the tolerance speaks of the relative or the absolute residual.
-        damping: Weight of f in the new iterate.
-        check_every: Evaluations between two looks at whether every sample has stopped.
+        damping: Weight of f in the new iterate, above 0.
     """
 
-    steps: int = 18
-    tolerance: float = 1e-3
-    stop: Stop = "relative"
     damping: float = 1.0
-    check_every: int = 1
     kind: Literal["fixed_point"] = "fixed_point"
 
-    def __call__(self, f: Map, z0: Tensor, scale: Tensor | None = None) -> Solution:
-        return _iterate(self, f, z0, scale, lambda k, z, fz, g: torch.add(z, g, alpha=self.damping))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above(0, damping=self.damping)
 
-
-def _iterate(
-    solver: Anderson | FixedPoint,
-    f: Map,
-    z0: Tensor,
-    scale: Tensor | None,
-    advance: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-) -> Solution:
-    """The loop of the solvers that go from (k, z, f(z), f(z) - z) to the next z, keeping a copy of the best."""
-    track = _Track(z0, solver.tolerance, solver.stop, scale)
-    z, best = z0, z0.clone()
-    for k in range(solver.steps + 1):
-        fz = f(z)
-        g = fz - z
-        best = torch.where(track.record(g, fz)[:, None], z, best)
-        if k == solver.steps or track.all_stopped(k, solver.check_every):
-            break
-        z = torch.where(track.active[:, None], advance(k, z, fz, g), z)
-    return track.solution(best)
+    def _advance(self, z0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda z, fz, g: torch.add(z, g, alpha=self.damping)
 
 
 @dataclass(frozen=True)
-class Gmres:
-    """GMRES (Saad and Schultz, SIAM J. Sci. Stat. Comput. 7, 1986) for the adjoint u = A u + b (Eq. 4 transposed).
+class Gmres(Limits):
+    """GMRES (Saad and Schultz, SIAM J. Sci. Stat. Comput. 7, 1986) for u = A u + b: the adjoint.
 
-    Minimises |b - (I - A) u| over the Krylov space, from u = 0: its residual never grows. Called with the product
-    v -> A v, (B, D) -> (B, D), and b (B, D); keeps a (B, steps + 1, D) basis. `relative` and the trace are measured
-    against |b|; `nfe` counts the products.
-
-    Args:
-        steps: The limit on products with A.
-        tolerance: A sample whose residual is at most this stops.
-        stop: Whether the tolerance speaks of the residual relative to |b| or of the absolute one.
-        check_every: Products between two looks at whether every sample has stopped.
+    Minimises |b - (I - A) u| over the Krylov space, from u = 0: its residual never grows, and a
+    sample whose space is exhausted without a solution keeps its best u. Keeps a (B, steps + 1, D)
+    basis. `relative` and the trace are measured against |b|; `nfe` counts the products with A, of
+    which there are at most `steps`.
     """
 
     steps: int = 20
-    tolerance: float = 1e-3
-    stop: Stop = "relative"
-    check_every: int = 1
     kind: Literal["gmres"] = "gmres"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole(1, steps=self.steps)
+
     def __call__(self, product: Map, b: Tensor) -> Solution:
+        """Solve u = A u + b for `b` (B, D), given the product v -> A v."""
+        return _in_wide_precision(self._solve, product, b)
+
+    def _solve(self, product: Map, b: Tensor) -> Solution:
         batch, dim = b.shape
         norm = torch.linalg.vector_norm(b, dim=1)
-        track = _Track(b, self.tolerance, self.stop, scale=norm)
-        track.active = (norm > 0) & torch.isfinite(norm)
-        track.converged |= norm == 0
-        track.best_absolute.masked_fill_(norm == 0, 0)
-        track.best_relative.masked_fill_(norm == 0, 0)
+        track = _Track(b, self, scale=norm)
+        track.start_at_zero(norm)
         basis = b.new_zeros(batch, self.steps + 1, dim)
-        basis[:, 0] = torch.where(track.active, 1 / norm, 0)[:, None] * torch.where(track.active[:, None], b, 0)
+        basis[:, 0] = _unit(b, norm, track.active)
         hessenberg = b.new_zeros(batch, self.steps + 1, self.steps)
         y = b.new_zeros(batch, self.steps)
         for k in range(self.steps):
-            newest = basis[:, k]
-            w = newest - product(newest)
+            w = basis[:, k] - product(basis[:, k])
             known = basis[:, : k + 1]
-            for _ in range(2):  # the second pass restores the orthogonality that the first loses to rounding
+            for _ in range(2):  # the second pass restores the orthogonality lost to rounding
                 dots = torch.bmm(w[:, None], known.transpose(1, 2))
                 w = torch.baddbmm(w[:, None], dots, known, alpha=-1)[:, 0]
                 hessenberg[:, : k + 1, k] += dots[:, 0]
@@ -294,65 +344,87 @@ class Gmres:
             better = track.record_norm(residual, norm)
             y[:, : k + 1] = torch.where(better[:, None], found, y[:, : k + 1])
             track.active &= length > 0
-            if track.all_stopped(k, self.check_every):
+            if track.all_stopped():
                 break
-            scale = torch.where(track.active, 1 / length, 0)
-            basis[:, k + 1] = torch.where(track.active[:, None], w, 0) * scale[:, None]
+            basis[:, k + 1] = _unit(w, length, track.active)
         count = len(track.rows)
         return track.solution(torch.bmm(y[:, None, :count], basis[:, :count])[:, 0])
 
 
+def _unit(vector: Tensor, length: Tensor, active: Tensor) -> Tensor:
+    """(B, D) of length 1, and 0 for the samples that are not active."""
+    scale = torch.where(active, 1 / length, 0)
+    return vector.masked_fill(~active[:, None], 0) * scale[:, None]
+
+
 def _least_squares(hessenberg: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """argmin_y |norm e_1 - H y| for each (k + 1, k) H, and that minimum, (B,)."""
+    """argmin_y |norm e_1 - H y| for each (k + 1, k) H, and that minimum, (B,).
+
+    The minimum is NaN where H is numerically singular: rounding spoils the huge y it would give.
+    """
     q, r = torch.linalg.qr(hessenberg)
     y = torch.linalg.solve_triangular(r, (norm[:, None] * q[:, 0])[:, :, None], upper=True)[:, :, 0]
     residual = -torch.bmm(hessenberg, y[:, :, None])[:, :, 0]
     residual[:, 0] += norm
-    return y, torch.linalg.vector_norm(residual, dim=1)
+    pivots = r.diagonal(dim1=1, dim2=2).abs()
+    singular = pivots.amin(1) <= 10 * torch.finfo(r.dtype).eps * pivots.amax(1)
+    return y, torch.linalg.vector_norm(residual, dim=1).masked_fill(singular, torch.nan)
 
 
 class _Track:
-    """Residual, stopping and best iterate of each sample. The start is the best only until another is finite."""
+    """Residual, stopping and best iterate of each sample.
 
-    def __init__(self, z0: Tensor, tolerance: float, stop: Stop, scale: Tensor | None) -> None:
-        batch = z0.shape[0]
-        self.tolerance, self.stop, self.scale = tolerance, stop, scale
-        self.tiny = torch.finfo(z0.dtype).tiny
+    The start is the best iterate only until another is finite.
+    """
+
+    def __init__(self, z0: Tensor, limits: Limits, scale: Tensor | None) -> None:
+        batch, dim = z0.shape
+        precision = torch.finfo(z0.dtype)
+        self.limits, self.scale = limits, scale
+        self.floor = precision.eps * dim**0.5 if scale is None else precision.tiny
         self.active = torch.ones(batch, dtype=torch.bool, device=z0.device)
         self.converged = torch.zeros_like(self.active)
         self.best = z0.new_full((batch,), torch.inf)
         self.best_absolute, self.best_relative = self.best.clone(), self.best.clone()
         self.best_step = torch.zeros(batch, dtype=torch.int64, device=z0.device)
+        self.first_step = 0
         self.rows: list[Tensor] = []
 
+    def start_at_zero(self, norm: Tensor) -> None:
+        """Of a linear system u = A u + b: its start u = 0 has the residual |b| = `norm`."""
+        self.first_step = 1
+        self.converged = norm == 0
+        self.active = (norm > 0) & torch.isfinite(norm)
+        self.best_absolute = norm.clone()
+        self.best_relative = torch.where(self.converged, 0, norm / norm)
+
     def record(self, g: Tensor, fz: Tensor) -> Tensor:
-        """Takes in the residual `g` and value `fz` of the next iterate; returns where it is the best so far, (B,)."""
+        """Takes in the residual `g` and value `fz` of the next iterate; where it is best, (B,)."""
         scale = torch.linalg.vector_norm(fz, dim=1) if self.scale is None else self.scale
-        step = len(self.rows)
         better = self.record_norm(torch.linalg.vector_norm(g, dim=1), scale)
-        self.best_step = torch.where(better, step, self.best_step)
-        if step == 0:
+        if len(self.rows) == 1:
             self.best.fill_(torch.inf)
         return better
 
     def record_norm(self, absolute: Tensor, scale: Tensor) -> Tensor:
         """As `record`, from the norms of residual and scale."""
-        relative = absolute / scale.clamp(min=self.tiny)
-        measure = relative if self.stop == "relative" else absolute
+        relative = absolute / scale.clamp(min=self.floor)
+        measure = relative if self.limits.stop == "relative" else absolute
         self.active &= torch.isfinite(measure)
         better = self.active & (measure < self.best)
         self.best = torch.where(better, measure, self.best)
         self.best_absolute = torch.where(better, absolute, self.best_absolute)
         self.best_relative = torch.where(better, relative, self.best_relative)
+        self.best_step = torch.where(better, self.first_step + len(self.rows), self.best_step)
         last = self.rows[-1] if self.rows else torch.full_like(measure, torch.inf)
         self.rows.append(torch.where(self.active, measure, last))
-        reached = self.active & (measure <= self.tolerance)
+        reached = self.active & (measure <= self.limits.tolerance)
         self.converged |= reached
         self.active &= ~reached
         return better
 
-    def all_stopped(self, k: int, check_every: int) -> bool:
-        return (k + 1) % check_every == 0 and not bool(self.active.any())
+    def all_stopped(self) -> bool:
+        return len(self.rows) % self.limits.check_every == 0 and not bool(self.active.any())
 
     def solution(self, value: Tensor) -> Solution:
         return Solution(
