@@ -1,387 +1,385 @@
-"""params.yaml -> typed, checked params. `load` hands a stage instance its own section and nothing else.
+"""params.yaml, typed: a section per stage, an entry per instance.
 
-The only module that opens params.yaml. What needs torch to be described (models, solvers, training) is in
-`train_params` and imported when such a section is read, so that a stage that does not train starts at once.
+The dataclasses of the library and of the recipe are the types of the values, and check them. A
+stage gets its own section and sees nothing of the others; what belongs to the machine is not here.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
-import re
-from dataclasses import MISSING, asdict, dataclass, fields
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, create_model, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, core_schema
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import Field
 
-from pipeline.data.generated import GeneratedCifar10, GeneratedCityscapes, GeneratedImageNet
+from mdeq import (
+    Anderson,
+    Broyden,
+    ClassificationHeadConfig,
+    FixedPoint,
+    Implicit,
+    MDEQConfig,
+    Phantom,
+    Reversible,
+    SegmentationHeadConfig,
+)
+from mdeq.baselines import ExplicitConfig, NeuralODEConfig, ResNetConfig
+from pipeline import settings
+from pipeline.errors import UserError
+from pipeline.recipe import Adam, Muon, Recipe, Sgd
+from pipeline.sets import BY_STAGE
+from pipeline.settings import (
+    FILE,
+    Count,
+    GeneratedCifar10,
+    GeneratedCityscapes,
+    GeneratedImageNet,
+    Name,
+    PrepareCifar10,
+    PrepareCityscapes,
+    PrepareImageNet,
+    PrepareParams,
+    Problem,
+    Seed,
+)
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+__all__ = ["PrepareParams", "GeneratedCifar10", "GeneratedCityscapes", "GeneratedImageNet"]
 
-FILE = Path("params.yaml")
-SCHEMA = "params.schema.json"
-VALUES = 100_000  # in a file; aliases count where they are used
-
-
-class ParamsError(ValueError):
-    """What is wrong with a params file: a line an error, `file: key: what is wrong`."""
-
-
-class Section(BaseModel):
-    """A part of params.yaml: no unknown keys, no silent conversions, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Ranges:
-    """Annotates a plain dataclass as a params field: `Annotated[Broyden, Ranges(steps=Field(ge=1))]`.
-
-    A field named here takes the range (or the type with ranges); all others are as the dataclass declares
-    them. Errors then name the key, and the JSON schema knows the range; the value is the dataclass itself.
-    """
-
-    def __init__(self, **ranges: Any) -> None:
-        self._ranges = ranges
-
-    def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
-        hints = get_type_hints(source)
-        declared: dict[str, Any] = {}
-        for field in fields(source):
-            kind = hints[field.name]
-            extra = self._ranges.get(field.name)
-            if extra is not None:
-                kind = Annotated[kind, extra] if isinstance(extra, FieldInfo) else extra
-            declared[field.name] = (kind, ... if field.default is MISSING else field.default)
-        summary = " ".join((source.__doc__ or "").partition("\n\n")[0].split())
-        mirror = create_model(source.__name__, __base__=Section, __doc__=summary, **declared)
-
-        def build(checked: Section) -> Any:
-            return source(**{name: getattr(checked, name) for name in declared})
-
-        return core_schema.no_info_after_validator_function(
-            build,
-            handler.generate_schema(mirror),
-            serialization=core_schema.plain_serializer_function_ser_schema(asdict),
-        )
+Model = MDEQConfig | ResNetConfig | NeuralODEConfig | ExplicitConfig
+Forward = Broyden | Anderson | FixedPoint
+Backward = Implicit | Phantom | Reversible
+Size = tuple[Count, Count]  # height, width
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-"""What a model may be called: it becomes part of a stage's name, of a path and of a dotted key."""
+@dataclass(frozen=True, kw_only=True)
+class TrainParams(Recipe):
+    """A model and how it is trained."""
 
-Source = Annotated[
-    Literal["generated", "folder", "download"],
-    Field(description="drawn by the pipeline | the files you have | fetched with the set's official tool"),
-]
+    model: Model
+    head: ClassificationHeadConfig | SegmentationHeadConfig | None = None  # of an mdeq alone
+    forward: Forward | None = None  # finds the equilibrium
+    backward: Backward | None = None  # differentiates it
+    augment: bool  # crop and mirror training images at random
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)  # the model is the first one's
+    limit: Count | None = None  # training images; None for all
 
-
-class PrepareParams(Section):
-    """Where a set comes from."""
-
-    source: Source
-    generated: GeneratedCifar10 | GeneratedImageNet | GeneratedCityscapes | None = Field(
-        default=None, description="what to draw; needed with `source: generated`, ignored otherwise"
-    )
-
-    @model_validator(mode="after")
-    def _drawn_from_something(self) -> PrepareParams:
-        if self.source == "generated" and self.generated is None:
-            raise ValueError("generated: is missing; `source: generated` needs to know what to draw")
-        return self
-
-
-LAST_SEED = 2**32 - 1
-_Seed, _Count, _Ten = Field(ge=0, le=LAST_SEED), Field(ge=1), Field(ge=10)
-_PER_CLASS = {"train_per_class": _Count, "val_per_class": _Count}
-_SIZE = {"height": Field(ge=32), "width": Field(ge=32)}
-
-
-class PrepareCifar10(PrepareParams):
-    """Where CIFAR-10 comes from."""
-
-    generated: Annotated[GeneratedCifar10, Ranges(seed=_Seed, train=_Ten, test=_Ten)] | None = None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_parts(self)
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: must differ from each other, not {list(self.seeds)}")
+        if self.warm_start and self.augment:
+            raise ValueError("warm_start: needs `augment: false`: the same image in every epoch")
+        explicit = self.model if isinstance(self.model, ExplicitConfig) else None
+        if self.epochs == 0 and not (explicit and explicit.weights and not explicit.segments):
+            raise ValueError(
+                "epochs: must be at least 1; 0 is for a classifier with `weights: default`"
+            )
+        if explicit and explicit.segments != isinstance(self, FinetuneParams):
+            labels = "pixels" if explicit.segments else "images"
+            raise ValueError(f"model.name: {explicit.name} labels {labels}")
 
 
-class PrepareImageNet(PrepareParams):
-    """Where ImageNet comes from."""
+@dataclass(frozen=True, kw_only=True)
+class ClassifyParams(TrainParams):
+    """Training on CIFAR-10 (Table 1)."""
 
-    generated: Annotated[GeneratedImageNet, Ranges(seed=_Seed, classes=Field(ge=2), **_PER_CLASS)] | None = None
-
-
-class PrepareCityscapes(PrepareParams):
-    """Where Cityscapes comes from."""
-
-    generated: Annotated[GeneratedCityscapes, Ranges(seed=_Seed, train=_Count, val=_Count, **_SIZE)] | None = None
+    head: ClassificationHeadConfig | None = None
 
 
-class EvaluateParams(Section):
-    """How trained models are judged."""
+@dataclass(frozen=True, kw_only=True)
+class PretrainParams(TrainParams):
+    """Training on ImageNet (Table 2)."""
 
-    batch: int = Field(ge=1, description="samples at once; a prediction never depends on its neighbours")
-    steps: int | None = Field(default=None, ge=1, description="the forward solver's limit; null: the one trained with")
-    limit: int | None = Field(default=None, ge=1, description="only the first samples of the split; null: all")
-    examples: int = Field(default=8, ge=1, le=64, description="predictions shown beside the truth")
-    accuracy_up_to: int | None = Field(
-        default=None, ge=1, description="also the accuracy with each limit of 1, 2, ... this many solver steps"
-    )
-
-
-class EvaluateCityscapes(EvaluateParams):
-    """How segmentation is judged; the paper: at a single scale, without flips."""
-
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
-        default=(1.0,), description="of the image; the probabilities of all are averaged"
-    )
-    flip: bool = Field(default=False, description="average with the mirrored image's probabilities, too")
-
-
-PREPARE = {"cifar10": PrepareCifar10, "imagenet": PrepareImageNet, "cityscapes": PrepareCityscapes}
-EVALUATE = {"cifar10": EvaluateParams, "imagenet": EvaluateParams, "cityscapes": EvaluateCityscapes}
-TRAINED_BY = {"cifar10": "classify", "imagenet": "pretrain", "cityscapes": "finetune"}
-TRAINED_ON = {stage: dataset for dataset, stage in TRAINED_BY.items()}
-SOLVING = (*TRAINED_BY.values(), "convergence", "benchmark")
+    head: ClassificationHeadConfig | None = None
+    image: Annotated[int, Field(ge=8)]  # height and width of the crops
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of dvc.yaml and the one section that its command reads ({} stands for the instance)."""
+class Loss:
+    """Cross entropy over the pixels."""
 
-    command: str
-    section: str | None
-
-
-STAGES = {
-    "prepare": Stage("prepare {}", "prepare.{}"),
-    "classify": Stage("classify {}", "classify.{}"),
-    "pretrain": Stage("pretrain {}", "pretrain.{}"),
-    "finetune": Stage("finetune {}", "finetune.{}"),
-    "evaluate-cifar10": Stage("evaluate cifar10 {}", "evaluate.cifar10"),
-    "evaluate-imagenet": Stage("evaluate imagenet {}", "evaluate.imagenet"),
-    "evaluate-cityscapes": Stage("evaluate cityscapes {}", "evaluate.cityscapes"),
-    "convergence": Stage("convergence {}", "convergence.{}"),
-    "machine": Stage("machine", None),
-    "benchmark": Stage("benchmark", "benchmark"),
-    "report": Stage("report", None),
-}
-"""The stages of dvc.yaml; a test holds both together."""
+    class_weights: bool  # as published
+    ohem: bool = False  # online hard example mining
 
 
-def load(stage: str, instance: str | None = None, path: str | Path = FILE) -> Section:
-    """The params of a stage instance: `load("classify", "mdeq-small")`, `load("benchmark")`.
+@dataclass(frozen=True, kw_only=True)
+class FinetuneParams(TrainParams):
+    """Training on Cityscapes (Table 3)."""
+
+    model: MDEQConfig | ExplicitConfig
+    head: SegmentationHeadConfig | None = None
+    backbone: Name | None  # a model of `pretrain` to start from; None for none
+    loss: Loss
+    crop: Size  # of training images
+    test_size: Size | None = None  # that images are resized to for evaluation; None for their own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backbone is not None and isinstance(self.model, ExplicitConfig):
+            raise ValueError(
+                "backbone: must be null; an explicit model's comes with `model.weights: default`"
+            )
+
+
+def check_parts(entry: TrainParams | BenchmarkModel) -> None:
+    """Checks that an equilibrium model has all its parts, and another model none of them.
 
     Raises:
-        ParamsError: The section is missing or wrong.
+        ValueError: A part is missing, out of place, or does not fit.
     """
-    data = _read(Path(path))
+    model, head = entry.model, entry.head
+    equilibrium = ["forward", "backward", "warm_up", "jacobian", "warm_start"]
+    if not isinstance(model, MDEQConfig):
+        kind, needed, unused = getattr(model, "kind", ""), [], ["head", *equilibrium]
+    elif model.unrolled is not None:
+        kind, needed, unused = "model with `unrolled`", ["head"], equilibrium
+    else:
+        kind, needed, unused = "mdeq", ["head", "forward", "backward"], []
+    for name in needed:
+        if getattr(entry, name) is None:
+            raise ValueError(f"{name}: is missing; an mdeq needs it")
+    for name in unused if model else ():
+        if getattr(entry, name, None) is not None:
+            raise ValueError(f"{name}: must be left out; a {kind} has no equilibrium to find")
+    if needed and isinstance(head, ClassificationHeadConfig):
+        scales = len(model.channels)
+        if len(head.channels) != scales:
+            raise ValueError(f"head.channels: must have {scales} numbers, one per scale of model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateParams:
+    """How trained models are evaluated."""
+
+    batch: Count  # images at once; no prediction depends on its neighbours
+    steps: Count | None = None  # the forward solver's limit; None for the one trained with
+    limit: Count | None = None  # images of the split; None for all
+    examples: Annotated[int, Field(ge=1, le=64)] = 8  # predictions that are drawn
+    accuracy_up_to: Count | None = None  # also the accuracy by limits of 1, 2, ... solver steps
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = (1.0,)
+    flip: bool = False  # average with the mirrored image's probabilities, as with all `scales`
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvergenceParams:
+    """Figure 5: how fast solvers find the equilibria of a trained model."""
+
+    model: Name  # of the stage that trains on this data set
+    batch: Count
+    batches: Annotated[int, Field(ge=2)]  # drawn at random; mean and deviation are over them
+    steps: Count  # updates of each solver, whatever its own limit
+    solvers: tuple[Forward, ...]
+    seed: Seed = 0  # of the batches
+
+    def __post_init__(self) -> None:
+        kinds = [solver.kind for solver in self.solvers]
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise ValueError(f"solvers: must be one or more of different kinds, not {kinds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkModel:
+    """A model to measure, and how it is trained."""
+
+    model: Model
+    head: ClassificationHeadConfig | None = None
+    forward: Forward | None = None
+    backward: Backward | None = None
+    optimizer: Adam | Sgd | Muon
+
+    def __post_init__(self) -> None:
+        check_parts(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkParams:
+    """Figure 4b: time and memory of a training step, relative to a reference model."""
+
+    models: dict[Name, BenchmarkModel]
+    reference: Name  # the model that counts as 1
+    batch: Count  # 32 in the paper
+    image: Annotated[int, Field(ge=8)]  # height and width; 32 in the paper
+    rounds: Count  # measured steps per model, interleaved; their median counts
+    warm_up: Annotated[int, Field(ge=0)]  # steps per model before those
+    seed: Seed = 0  # of weights and images
+
+    def __post_init__(self) -> None:
+        if self.reference not in self.models:
+            raise ValueError(f"reference: must be one of models ({', '.join(self.models)})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepare:
+    cifar10: PrepareCifar10
+    imagenet: PrepareImageNet
+    cityscapes: PrepareCityscapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluate:
+    cifar10: EvaluateParams
+    imagenet: EvaluateParams
+    cityscapes: EvaluateParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Convergence:
+    cifar10: ConvergenceParams
+    imagenet: ConvergenceParams
+    cityscapes: ConvergenceParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """The file; its `scale` (demo, paper, ...) names the MLflow experiment, nothing more."""
+
+    scale: Name
+    prepare: _Prepare
+    classify: dict[Name, ClassifyParams]
+    pretrain: dict[Name, PretrainParams]
+    finetune: dict[Name, FinetuneParams]
+    evaluate: _Evaluate
+    convergence: _Convergence
+    benchmark: BenchmarkParams
+
+
+def load(
+    stage: str, instance: str | None = None, path: str | Path = FILE, changes: Sequence[str] = ()
+) -> Any:
+    """The section of a stage instance: `load("classify", "mdeq-small")`, `load("benchmark")`.
+
+    Args:
+        stage: The section.
+        instance: Of the stage, if it has several.
+        path: Of the params file.
+        changes: Values that replace the file's, such as `optimizer.lr=3e-4`.
+
+    Raises:
+        UserError: The section is missing or wrong.
+    """
     keys = (stage,) if instance is None else (stage, instance)
-    for i, key in enumerate(keys):
-        if not isinstance(data, dict) or key not in data:
-            there = ", ".join(map(str, data)) if isinstance(data, dict) and data else "none"
-            raise ParamsError(f"{path}: {'.'.join(keys[: i + 1])}: is not there; there are: {there}")
-        data = data[key]
-    section = _validate(_section_type(stage, instance), data, Path(path), keys)
-    assert isinstance(section, Section)
+    data = settings.section(settings.read(Path(path)), keys, Path(path))
+    kind = settings.hints(Params)[stage]
+    if instance is not None:
+        kind = settings.hints(kind)[instance] if is_dataclass(kind) else get_args(kind)[1]
+    reader = settings.Reader()
+    section = reader.value(kind, settings.changed(data, changes), keys)
+    settings.report(reader.problems, Path(path), keys, changes)
     return section
 
 
+def check(path: str | Path = FILE) -> None:
+    """Checks a whole file, and what its sections say of each other.
+
+    Raises:
+        UserError: One line per error of the file.
+    """
+    reader = settings.Reader()
+    params = reader.value(Params, settings.read(Path(path)), ())
+    if params is not None:
+        reader.problems += _wrong_backbones(params) + _wrong_convergence(params)
+    settings.report(reader.problems, Path(path))
+
+
 def scale(path: str | Path = FILE) -> str:
-    """What the file calls its scale; "unnamed" where `check` will say what is wrong with that."""
-    name = _read(Path(path)).get("scale")
-    return name if isinstance(name, str) else "unnamed"
-
-
-def locked(output: Path, lock: Path = Path("dvc.lock")) -> dict[str, Any] | None:
-    """The params that a stage's output was made with, as dvc.lock says; None if it does not know this very file."""
-    if not lock.exists():
-        return None
-    md5 = hashlib.md5(output.read_bytes(), usedforsecurity=False).hexdigest()
-    for stage in _read(lock).get("stages", {}).values():
-        if any(out["path"] == output.as_posix() and out.get("md5") == md5 for out in stage.get("outs", ())):
-            return next(iter(stage.get("params", {}).get(str(FILE), {}).values()), None)
-    return None
+    """The scale that a file names."""
+    return str(settings.section(settings.read(Path(path)), ("scale",), Path(path)))
 
 
 def instances(stage: str, path: str | Path = FILE) -> list[str]:
     """The names in a stage's section."""
-    return list(_read(Path(path))[stage])
+    return list(settings.section(settings.read(Path(path)), (stage,), Path(path)))
 
 
-def check(path: str | Path = FILE, stamp: Path | None = None) -> None:
-    """Check the whole file, with what one section says of another; `stamp` remembers a file found right.
+def plain(section: Any) -> dict[str, Any]:
+    """A section as JSON has it."""
+    return json.loads(json.dumps(asdict(section)))
+
+
+def _wrong_backbones(params: Params) -> list[Problem]:
+    mdeqs = {name: entry.model for name, entry in params.pretrain.items() if entry.head}
+    wrong: list[Problem] = []
+    for name, entry in params.finetune.items():
+        keys, backbone = ("finetune", name), entry.backbone
+        if backbone is not None and backbone not in mdeqs:
+            there = ", ".join(mdeqs) or "none"
+            wrong.append(((*keys, "backbone"), f"no mdeq {backbone!r} in pretrain: {there}"))
+        shape = (
+            "channels",
+            "expansion",
+            "downsamplings",
+            "weight_norm",
+            "post_fusion_affine",
+            "groups",
+        )
+        for key in shape if backbone in mdeqs else ():
+            theirs = getattr(mdeqs[backbone], key)
+            if getattr(entry.model, key) != theirs:
+                what = f"must be that of its backbone, pretrain.{backbone}: {json.dumps(theirs)}"
+                wrong.append(((*keys, "model", key), what))
+    return wrong
+
+
+def _wrong_convergence(params: Params) -> list[Problem]:
+    wrong: list[Problem] = []
+    for stage, dataset in BY_STAGE.items():
+        model = getattr(params.convergence, dataset.name).model
+        there = [name for name, entry in getattr(params, stage).items() if entry.forward]
+        if model not in there:
+            what = f"no mdeq {model!r} in {stage}; there are: {', '.join(there) or 'none'}"
+            wrong.append((("convergence", dataset.name, "model"), what))
+    return wrong
+
+
+def check_counts(section: str, params: TrainParams, images: int, processes: int = 1) -> None:
+    """Finds, before a training starts, what cannot be done with its number of images.
+
+    Args:
+        section: As `classify.mdeq-small`, for the message.
+        params: Of the training.
+        images: Training images that there are.
+        processes: That share each batch.
 
     Raises:
-        ParamsError: Every error of the file, a line each.
+        UserError: The warm-up is not shorter than the training, or a batch norm would meet a
+            single value per channel.
     """
-    path = Path(path)
-    data = _read(path)
-    digest = _digest(path)
-    if stamp is not None and stamp.is_file() and stamp.read_text() == digest:
-        return
-    from pipeline.train_params import Params, across
-
-    params = _validate(Params, data, path, ())
-    assert isinstance(params, Params)
-    if wrong := across(params):
-        raise ParamsError("\n".join(f"{path}: {line}" for line in wrong))
-    if stamp is not None:
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(digest)
-
-
-def schema() -> str:
-    """The JSON schema of params.yaml, for editors."""
-    from pipeline.train_params import Params
-
-    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Params.model_json_schema()}
-    return json.dumps(document, indent=2) + "\n"
+    images = min(images, params.limit or images)
+    updates = math.ceil(images / params.batch) * params.epochs
+    if params.warm_up and params.warm_up.steps >= updates:
+        raise UserError(
+            f"{FILE}: {section}.warm_up.steps: must be fewer than the {updates} updates of this "
+            f"training ({images} images, batch {params.batch}, {params.epochs} epochs), "
+            f"not {params.warm_up.steps}"
+        )
+    parts = processes * params.accumulate
+    last = images % params.batch or params.batch
+    for size in (min(params.batch, images), last):
+        if size < 2 * parts and params.epochs and _normalises_one_pixel(params):
+            shared = f", which {parts} parts share" if parts > 1 else ""
+            raise UserError(
+                f"{FILE}: {section}.batch: with {params.batch}, {images} images make a batch of "
+                f"{size}{shared}, and this model's batch norm cannot train on one image alone; "
+                f"set another batch, or `limit: {images - last}`"
+            )
 
 
-def _section_type(stage: str, instance: str | None) -> type[Section]:
-    if stage in SOLVING:
-        from pipeline import train_params
-
-        return train_params.BY_STAGE[stage]
-    if stage == "prepare":
-        return PREPARE[instance or ""]
-    return EVALUATE[instance or ""]
-
-
-def _read(path: Path) -> Any:
-    try:
-        data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-        _bounded(data)
-        data = json.loads(json.dumps(data, default=str))  # as JSON has it: text for keys, no loops
-    except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run from the repository's root or name one with --params") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: cannot be read: {error}".replace("\n", " ")) from None
-    except MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ParamsError(f"{path}: {line}not YAML: {error.problem}".replace("\n", " ")) from None
-    except RecursionError:
-        raise ParamsError(f"{path}: not YAML: nested too deeply") from None
-    except (YAMLError, ValueError) as error:
-        raise ParamsError(f"{path}: not YAML: {error}".replace("\n", " ")) from None
-    if not isinstance(data, dict):
-        raise ParamsError(f"{path}: must hold sections (prepare:, classify:, ...)")
-    return data
-
-
-def _bounded(data: Any) -> None:
-    """Refuses aliases of aliases, which a few lines of YAML can make billions of."""
-    todo, count = [data], 0
-    while todo:
-        node = todo.pop()
-        todo += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        if (count := count + 1) > VALUES:
-            raise ValueError(f"more than {VALUES:,} values, or an alias that holds itself")
-
-
-def _validate(kind: type[Section], data: Any, path: Path, keys: tuple[str, ...]) -> Section:
-    try:
-        # JSON mode: a list becomes a tuple and a mapping a dataclass, while scalars are taken strictly
-        return kind.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        document = kind.model_json_schema()
-        lines = dict.fromkeys(_line(details, data, document, keys) for details in error.errors(include_url=False))
-        raise ParamsError("\n".join(f"{path}: {line}" for line in lines)) from None
-
-
-def _line(error: ErrorDetails, data: Any, document: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """One error as `dotted.key: what is wrong`."""
-    where = _location(error["loc"], data, error["type"] == "missing")
-    what = error["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
-    what = what.replace("less than or equal to", "at most").removeprefix("Value error, ")
-    match error["type"]:
-        case "missing":
-            what = "is missing"
-        case "extra_forbidden":
-            allowed = sorted(_at(document, data, where[:-1]).get("properties", {}))
-            near = difflib.get_close_matches(str(where[-1]), allowed, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            what = f"unknown key; {hint}allowed: {', '.join(allowed)}"
-        case "union_tag_not_found":
-            where, what = (*where, "kind"), f"is missing; one of {_expected(document, data, where)}"
-        case "union_tag_invalid":
-            where = (*where, "kind")
-            tags = error.get("ctx", {})
-            what = f"must be one of {tags.get('expected_tags')}, not {tags.get('tag')!r}"
-        case "value_error":
-            field, colon, rest = what.partition(": ")
-            if colon and field.replace(".", "").isidentifier():
-                where, what = (*where, field), rest
-        case "too_short" | "too_long":
-            what = re.sub(r".* should have (.*) after validation, not .*", r"must have \1", what)
-        case "string_pattern_mismatch":
-            what = "a model's name is made of letters, digits, - and _"
-        case "dataclass_type" | "model_type" | "dict_type" | "model_attributes_type":
-            what = f"must be a mapping (key: value lines), not {_short(error['input'])}"
+def _normalises_one_pixel(params: TrainParams) -> bool:
+    """Whether some batch norm of the model sees maps of 1 x 1: one value per image and channel."""
+    size = min(getattr(params, "crop", (getattr(params, "image", 32),)))
+    model = params.model
+    match model:
+        case MDEQConfig():
+            coarsest = len(model.channels) - 1 if params.head.kind == "classification" else 0
+            return size <= 2 ** (model.downsamplings + coarsest)
+        case ResNetConfig():
+            return size <= 8
+        case ExplicitConfig() if model.name != "alexnet":
+            pools = model.name.lower().startswith("deeplab")
+            return pools or size <= (8 if model.small_input or model.segments else 32)
         case _:
-            what = f"{what}, not {_short(error['input'])}"
-    return f"{'.'.join(map(str, (*keys, *where))) or 'the file'}: {what}"
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _location(loc: tuple[int | str, ...], data: Any, missing: bool) -> tuple[int | str, ...]:
-    """Pydantic's path without the union tags in it, which no key of the file has."""
-    where: list[int | str] = []
-    for i, part in enumerate(loc):
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif not (missing and i == len(loc) - 1):
-            continue
-        where.append(part)
-    return tuple(where)
-
-
-def _at(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> dict[str, Any]:
-    """The object schema at a place of the file."""
-    node = _follow(document, document, data)
-    for part in where:
-        data = data[part]
-        node = _follow(document, _inner(node, part), data)
-    return node
-
-
-def _expected(document: dict[str, Any], data: Any, where: tuple[int | str, ...]) -> str:
-    """The kinds that the schema offers at a place of the file."""
-    choices = [last := _inner(_at(document, data, where[:-1]), where[-1]), *last.get("anyOf", [])]
-    return ", ".join(repr(tag) for choice in choices for tag in choice.get("discriminator", {}).get("mapping", {}))
-
-
-def _inner(node: dict[str, Any], part: int | str) -> dict[str, Any]:
-    """The schema of a key; every key of a mapping of models has the same."""
-    if part in node.get("properties", {}):
-        return node["properties"][part]
-    return next(iter(node.get("patternProperties", {}).values()), {})
-
-
-def _follow(document: dict[str, Any], node: dict[str, Any], data: Any) -> dict[str, Any]:
-    """The object schema behind references, optional values and unions, by the `kind` that the file names."""
-    if "$ref" in node:
-        return _follow(document, document["$defs"][node["$ref"].rpartition("/")[2]], data)
-    if "discriminator" in node and isinstance(data, dict):
-        return _follow(document, {"$ref": node["discriminator"]["mapping"].get(data.get("kind"), "")}, data)
-    for choice in node.get("anyOf", []):
-        if choice.get("type") != "null":
-            return _follow(document, choice, data)
-    return node
-
-
-def _digest(path: Path) -> str:
-    """Of the file and of the code that decides what is right."""
-    here = Path(__file__).parent
-    code = [here / "recipe.py", *sorted(here.glob("*params.py")), *sorted((here.parent / "mdeq").glob("*.py"))]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in (path, *code))).hexdigest()
+            return False  # it has no batch norm

@@ -1,4 +1,4 @@
-"""How a model is trained: the settings that all data sets and models share. Plain dataclasses, checked when made."""
+"""How a model is trained, for all data sets and models. Plain dataclasses, checked when made."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Sgd:
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al., 2024) for the convolutions of f, each as a matrix (outputs, rest); SGD for the rest.
+    """Muon (Jordan et al., 2024) for the convolutions of f, as matrices; SGD for the rest.
 
     Args:
         lr: Of Muon.
@@ -65,9 +65,10 @@ class Muon:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """For the first `steps` updates f is applied `layers` times and back-propagated through (Sec. 3.3).
+    """For the first `steps` updates f is applied `layers` times and back-propagated (Sec. 3.3).
 
-    `softplus` replaces the last ReLUs of f by a softplus of that curvature meanwhile; None keeps the ReLUs.
+    `softplus` replaces the last ReLUs of f by a softplus of that curvature meanwhile; None keeps
+    the ReLUs.
     """
 
     layers: int
@@ -84,8 +85,9 @@ class WarmUp:
 class JacobianTerm:
     """Adds weight x |J|_F^2 / numel(z) to the loss of an update, with the given probability.
 
-    The weight is `warm_up_weight` in the warm-up, then `weight`, and `increase` more every `increase_every` updates;
-    nothing after `stop_epoch` epochs (Bai, Koltun and Kolter, ICML 2021, as their code has it).
+    The weight is `warm_up_weight` during the warm-up, then `weight`, and `increase` more every
+    `increase_every` updates; 0 after `stop_epoch` epochs (Bai, Koltun and Kolter, ICML 2021, as in
+    their code).
     """
 
     weight: float
@@ -112,11 +114,11 @@ class JacobianTerm:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Each training sample's solve starts at its own equilibrium of the epoch before; without augmentation only.
+    """Each training sample's solve starts at its own equilibrium of the epoch before.
 
-    The epochs after the first are divided evenly among `steps`, the solver's limit in each part; 0 applies f once, on
-    the tape alone. The first epoch, and one whose stored equilibria are lost, starts at z = 0 with the solver's own
-    limit.
+    For training without augmentation. The epochs after the first are divided evenly among `steps`,
+    the solver's limit in each part; 0 applies f once, on the tape alone. The first epoch, and one
+    whose stored equilibria are lost, starts at z = 0 with the solver's own limit.
     """
 
     steps: tuple[int, ...] = (1, 0)
@@ -147,8 +149,8 @@ class Recipe:
         warm_start: Start each sample at its last equilibrium; None to start at z = 0.
         lr_warm_up: Part of the updates in which the learning rate rises linearly; a half cosine follows.
         label_smoothing: Of the cross entropy.
-        average: Decay per update of an exponential moving average of the weights, which is then what is validated and
-            saved; 0 for none.
+        average: Decay per update of an exponential moving average of the weights, which is then what
+            is validated and saved; 0 for none.
         precision: Of convolutions and matrix products; weights and states are float32.
         checkpoint_minutes: Between two saves of the resumable state.
         log_every: Updates between two recorded rows.
@@ -175,3 +177,18 @@ class Recipe:
         between(0, 1, open_high=True, label_smoothing=self.label_smoothing)
         one_of(("float32", "bfloat16", "float16"), precision=self.precision)
         above(0, checkpoint_minutes=self.checkpoint_minutes)
+
+
+@dataclass(frozen=True)
+class Debug:
+    """A run for debugging, which leaves no results.
+
+    Args:
+        limit_batches: Of training and validation in each epoch; None for all.
+        overfit: Train and validate on this many batches, always augmented alike; None for all.
+        profile: Write a Chrome trace of a few updates.
+    """
+
+    limit_batches: int | None = None
+    overfit: int | None = None
+    profile: bool = False
