@@ -5,100 +5,126 @@ from __future__ import annotations
 import io
 import math
 import re
-import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageOps
+from PIL.Image import Resampling
+from scipy.io import loadmat
 
-from pipeline.data.archives import DAMAGED, MEMBER, tarred, unpacking
-from pipeline.data.manifest import (
-    DataError,
-    Found,
-    Manifest,
-    Row,
-    checksum,
-    files,
-    folders,
-    image_size,
-    progress,
-    read_bytes,
-)
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from pipeline.data.loading import Keys
+from pipeline.data.archives import DAMAGED, tarred, unpack
+from pipeline.data.manifest import Found, Manifest, Row, fault, files, folders, listed, read_file
+from pipeline.data.pictures import picture_size, read_picture
+from pipeline.errors import UserError
+from pipeline.files import digest
 
 SPLITS = ("train", "val")
-TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
-VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
+ARCHIVES = {split: f"ILSVRC2012_img_{split}.tar" for split in SPLITS}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 RESIZE_PER_CROP = 256 / 224
+SOURCE = f"the official archives ({ARCHIVES['train']}, {ARCHIVES['val']} and {DEVKIT})"
 
 
 # ---- what the prepare stage asks of every set
 
 
 def find(root: Path) -> list[Found]:
-    """Return every image of the tree, by split and class, or say what is missing or does not belong."""
+    """Every image of the tree, by split and class.
+
+    Raises:
+        UserError: Something is missing or does not belong there.
+    """
+    for split in SPLITS:
+        _check_split(root, split)
     found = []
     for split in SPLITS:
-        if not (root / split).is_dir():
-            raise DataError(
-                f"{root / split}: no such folder; ImageNet is read from {{train,val}}/<wnid>/*.JPEG, or from "
-                f"{TRAIN_ARCHIVE}, {VAL_ARCHIVE} and {DEVKIT} put into {root}"
-            )
         for name in folders(root / split):
             images = files(root / split / name)
             if not images:
-                raise DataError(f"{root / split / name}: a class folder without images")
+                raise fault(root / split / name, "a class folder without images")
             for image in images:
                 if not image.lower().endswith((".jpeg", ".jpg")):
-                    raise DataError(f"{root / split / name / image}: not a .JPEG file; move it out of the data set")
+                    raise fault(
+                        root / split / name / image, "not a .JPEG file; move it out of the data set"
+                    )
                 found.append(Found(split, (f"{split}/{name}/{image}",)))
     return found
 
 
+def _check_split(root: Path, split: str) -> None:
+    folder = root / split
+    if not folder.is_dir():
+        raise fault(
+            folder,
+            f"no such folder; ImageNet is read from {{train,val}}/<wnid>/*.JPEG, or from {SOURCE} put into {root}",
+        )
+    entries = listed(folder)
+    if not entries:
+        raise fault(folder, f"an empty folder; delete it and put {SOURCE} into {root}")
+    stray = next((entry for entry in entries if not entry.is_dir()), None)
+    if stray is not None and split == "val":
+        raise fault(
+            folder,
+            f"holds pictures ({stray.name}) where class folders belong; delete it and put {ARCHIVES['val']} and "
+            f"{DEVKIT} into {root}: prepare sorts them by the official ground truth",
+        )
+    if stray is not None:
+        raise fault(folder / stray.name, "not a class folder; move it out of the data set")
+
+
 def inspect(root: Path, found: Found) -> Row:
-    """Decode one image; return its row."""
+    """The row of an image, which is decoded to its end.
+
+    Raises:
+        UserError: It cannot be decoded.
+    """
     path = found.files[0]
-    content = read_bytes(root, path)
-    width, height = image_size(root, path, content)
-    row: Row = {"path": path, "split": found.split, "class": path.split("/")[1], "width": width, "height": height}
-    return row | {"bytes": len(content), "checksum": checksum(content)}
-
-
-def check(root: Path, rows: list[Row]) -> None:
-    """Check what no single image shows: train and val have the same classes."""
-    train, val = (set(names) for names in counts(rows).values())
-    for name in sorted(train ^ val):
-        lacking = root / ("val" if name in train else "train") / name
-        raise DataError(f"{lacking}: no such folder, but the classes of train and val must be the same")
-
-
-def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
-    """Return the number of images of each split and class."""
-    return {
-        split: dict(sorted(Counter(str(row["class"]) for row in rows if row["split"] == split).items()))
-        for split in SPLITS
+    content = read_file(root / path)
+    width, height = picture_size(content, root / path)
+    row: Row = {"path": path, "split": found.split, "class": path.split("/")[1]}
+    return row | {
+        "width": width,
+        "height": height,
+        "bytes": len(content),
+        "digest": digest(content),
     }
 
 
-def unpack(root: Path) -> None:
-    """Unpack the official archives into the tree, each where its part of the tree is missing."""
-    for split, name, how in (("train", TRAIN_ARCHIVE, _unpack_train), ("val", VAL_ARCHIVE, _unpack_val)):
-        if not (root / split).exists() and (root / name).is_file():
-            with unpacking(root / name, root / split) as folder:
-                how(root / name, folder)
+def check(root: Path, rows: list[Row]) -> None:
+    """Checks what no single image shows: train and val have the same classes.
+
+    Raises:
+        UserError: One has a class that the other lacks.
+    """
+    train, val = (set(names) for names in counts(rows).values())
+    for name in sorted(train ^ val):
+        lacking = root / ("val" if name in train else "train") / name
+        raise fault(lacking, "no such folder, but the classes of train and val must be the same")
+
+
+def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
+    """The number of images of each split and class."""
+    found = Counter((row["split"], str(row["class"])) for row in rows)
+    by_split: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for (split, name), count in sorted(found.items()):
+        by_split[str(split)][name] = count
+    return by_split
+
+
+def unpack_archives(root: Path) -> None:
+    """Unpacks the official archives that lie in `root`.
+
+    Raises:
+        UserError: One is damaged, or not the official one.
+    """
+    unpack(root / ARCHIVES["train"], root / "train", _unpack_train)
+    unpack(root / ARCHIVES["val"], root / "val", _unpack_val)
 
 
 def _unpack_train(archive: Path, folder: Path) -> None:
-    for name, content in progress(tarred(archive, r"n\d{8}\.tar"), "Unpacking ImageNet's training images"):
+    for name, content in tarred(archive, r"n\d{8}\.tar"):
         own = folder / name.removesuffix(".tar")
         own.mkdir()
         for image, file in tarred(archive, rf"{own.name}_\d+\.JPEG", content):
@@ -109,77 +135,76 @@ def _unpack_val(archive: Path, folder: Path) -> None:
     wnids = validation_wnids(archive.with_name(DEVKIT))
     for wnid in set(wnids):
         (folder / wnid).mkdir()
-    images = tarred(archive, r"ILSVRC2012_val_\d{8}\.JPEG")
-    for name, file in progress(images, "Unpacking ImageNet's validation images", len(wnids)):
+    for name, file in tarred(archive, r"ILSVRC2012_val_\d{8}\.JPEG"):
         number = int(name[-13:-5])
         if not 1 <= number <= len(wnids):
-            raise DataError(f"{archive}: holds {name}, but {archive.with_name(DEVKIT)} has {len(wnids)} labels")
+            raise fault(archive, f"holds {name}, but {DEVKIT} has {len(wnids)} labels")
         (folder / wnids[number - 1] / name).write_bytes(file.read())
 
 
 def validation_wnids(devkit: Path) -> list[str]:
-    """Return the wnid of each validation image, in their order, from the official devkit archive."""
-    from scipy.io import loadmat
+    """The wnid of each validation image, in their order, from the official devkit archive.
 
-    content: dict[str, bytes] = {}
+    Raises:
+        UserError: It is missing, damaged, or another archive.
+    """
+    wanted = {"meta.mat": b"", TRUTH: b""}
     try:
-        with tarfile.open(devkit) as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isreg() and member.size <= MEMBER else None
-                if file:
-                    content[Path(member.name).name] = file.read()
-        synsets = loadmat(io.BytesIO(content["meta.mat"]), squeeze_me=True)["synsets"]
-        wnid = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets if not entry["num_children"]}
-        wnids = [wnid[int(line)] for line in content["ILSVRC2012_validation_ground_truth.txt"].split()]
+        for name, file in tarred(devkit, r"ILSVRC2012_devkit_t12/[\w./-]+"):
+            if Path(name).name in wanted:
+                wanted[Path(name).name] = file.read()
+        synsets = loadmat(io.BytesIO(wanted["meta.mat"]), squeeze_me=True)["synsets"]
+        names = {
+            int(one["ILSVRC2012_ID"]): str(one["WNID"])
+            for one in synsets
+            if not one["num_children"]
+        }
+        wnids = [names[int(line)] for line in wanted[TRUTH].split()]
+    except UserError:
+        raise
     except DAMAGED as error:
-        raise DataError(f"{devkit}: cannot be read ({error}); the validation images need it for their labels") from None
+        raise fault(
+            devkit, f"cannot be read ({error}); the validation images need it for their labels"
+        ) from None
     except Exception as error:  # scipy raises whatever it meets
-        raise DataError(f"{devkit}: not the devkit of ILSVRC 2012, task 1 and 2 ({error!r})") from None
+        raise fault(devkit, f"not the devkit of ILSVRC 2012, task 1 and 2 ({error!r})") from None
     for name in wnids:
         if not re.fullmatch(r"n\d{8}", name):
-            raise DataError(f"{devkit}: {name!r} is not a wnid")
+            raise fault(devkit, f"{name!r} is not a wnid")
     return wnids
 
 
 def download(root: Path) -> None:
-    """Say how ImageNet is fetched, which only its user may do, unless it is there."""
-    if not all((root / split).exists() or (root / f"ILSVRC2012_img_{split}.tar").exists() for split in SPLITS):
-        raise DataError(
-            f"{root}: ImageNet cannot be downloaded by a program; log in at "
-            "https://image-net.org/download-images, accept its terms, "
-            f"put {TRAIN_ARCHIVE}, {VAL_ARCHIVE} and {DEVKIT} there, "
-            "and set prepare.imagenet.source to folder"
+    """Says how ImageNet is fetched, which only its user may do, unless it is there.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if not all((root / split).exists() or (root / ARCHIVES[split]).exists() for split in SPLITS):
+        raise fault(
+            root,
+            "no program may download ImageNet; log in at https://image-net.org/download-images, accept its terms, "
+            f"put {SOURCE} there, and set prepare.imagenet.source to folder",
         )
-    unpack(root)
 
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
-    """Return (class, its first `each` training pictures as (H, W, 3) RGB) of at most ten classes."""
+    """(class, its first `each` training pictures as (H, W, 3) RGB) of at most ten classes, for the contact sheet."""
     paths: dict[str, list[str]] = {}
     for row in rows:
         if row["split"] == "train":
             paths.setdefault(str(row["class"]), []).append(str(row["path"]))
-    return [(wnid, [np.asarray(decode(root, path)) for path in paths[wnid][:each]]) for wnid in sorted(paths)[:10]]
+    return [
+        (name, [read_picture(root / path) for path in paths[name][:each]])
+        for name in sorted(paths)[:10]
+    ]
 
 
 # ---- what training reads
 
 
-def decode(root: Path, path: str, expected: str | None = None) -> Image:
-    """Return an image in RGB, whatever colour space its file has; its checksum must be that of the manifest."""
-    from PIL import Image
-
-    content = read_bytes(root, path, expected)
-    try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except Exception as error:
-        raise DataError(f"{root / path}: not a readable image ({error})") from None
-
-
-def random_resized_crop(image: Image, size: int, rng: np.random.Generator) -> Image:
-    """Cut a random part (8 to 100 % of the area, 3:4 to 4:3) and resize it to `size` x `size`."""
-    from PIL.Image import Resampling
-
+def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """Cuts a random part (8 to 100 % of the area, 3:4 to 4:3) and resizes it to `size` x `size`."""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
@@ -193,19 +218,19 @@ def random_resized_crop(image: Image, size: int, rng: np.random.Generator) -> Im
     return image.crop((left, top, left + w, top + h)).resize((size, size), Resampling.BILINEAR)
 
 
-def centre_crop(image: Image, size: int) -> Image:
-    """Resize the shorter side to 256/224 of `size`, then cut `size` x `size` from the middle."""
-    from PIL.Image import Resampling
-
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to 256/224 of `size`, then cuts `size` x `size` from the middle."""
     short = round(size * RESIZE_PER_CROP)
     scale = short / min(image.size)
     width, height = (short if side == min(image.size) else int(side * scale) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.resize((width, height), Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return image.resize((width, height), Resampling.BILINEAR).crop(
+        (left, top, left + size, top + size)
+    )
 
 
 class ImageNet:
-    """A split of ImageNet; `dataset[keys]` decodes a whole batch (images (B, 3, size, size), labels (B,))."""
+    """The samples of a split: images (size, size, 3) uint8 and labels, which number the sorted class folders."""
 
     def __init__(
         self,
@@ -215,44 +240,32 @@ class ImageNet:
         *,
         size: int,
         augment: bool = False,
-        seed: int = 0,
         limit: int | None = None,
     ) -> None:
-        """Open a split (train or val; its first `limit` images); labels number the class folders in sorted order."""
-        self.root, self.size, self.augment, self.seed = root, size, augment, seed
+        """Opens a split (train or val), or `limit` of its images."""
         table = Manifest.read(manifest)
         rows = table.split(split, limit)
+        self.root, self.size, self.augment = root, size, augment
         self.names = tuple(sorted(set(table["class"])))
-        self.classes = len(self.names)
-        # Arrays, not lists: a list's reference counts would copy its memory into every worker.
-        self.paths, self.checksums = (np.array([text.encode() for text in rows[name]]) for name in ("path", "checksum"))
-        self.labels = np.searchsorted(self.names, rows["class"])
+        numbers = {name: number for number, name in enumerate(self.names)}
+        # Arrays: the reference counts of a list's items would copy its memory into every worker
+        self.paths = np.array([path.encode("utf-8", "surrogateescape") for path in rows["path"]])
+        self.digests = np.array([own.encode() for own in rows["digest"]])
+        self.labels = np.array([numbers[name] for name in rows["class"]], np.int64)
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """The number of images."""
         return len(self.labels)
 
-    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        """Return the batch of `keys`, normalised; augmented as (seed, epoch, index) say."""
-        import torch
-
-        from pipeline.data.loading import normalised
-
-        pixels = torch.from_numpy(np.stack([self._pixels(keys.epoch, index) for index in keys.indices]))
-        return normalised(pixels.permute(0, 3, 1, 2), MEAN, STD), torch.from_numpy(self.labels[keys.indices])
-
     def name(self, index: int) -> str:
-        """Return an image's path in the data root."""
-        return self.paths[index].decode()
+        """An image's path in the data root."""
+        return self.paths[index].decode("utf-8", "surrogateescape")
 
-    def _pixels(self, epoch: int, index: int) -> np.ndarray:
-        from PIL import ImageOps
-
-        from pipeline.data.loading import draw
-
-        image = decode(self.root, self.name(index), self.checksums[index].decode())
+    def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """An image and its label; the crop and the flip of an augmented one come from `rng`."""
+        picture = read_picture(self.root / self.name(index), self.digests[index].decode())
+        image = Image.fromarray(picture)
         if not self.augment:
-            return np.asarray(centre_crop(image, self.size))
-        rng = draw(self.seed, epoch, index)
+            return np.asarray(centre_crop(image, self.size)), self.labels[index]
         image = random_resized_crop(image, self.size, rng)
-        return np.asarray(ImageOps.mirror(image) if rng.integers(2) else image)
+        return np.asarray(ImageOps.mirror(image) if rng.integers(2) else image), self.labels[index]

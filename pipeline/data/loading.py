@@ -1,7 +1,7 @@
 """Order and randomness of training data as functions of (seed, epoch, index) alone.
 
-Nothing here keeps a random state: a run resumed inside an epoch, with other workers or more processes, sees the very
-same samples with the very same augmentation.
+Nothing here keeps a random state: a run resumed inside an epoch, with other workers or more
+processes, sees the very same samples with the very same augmentation. Torch and NumPy alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader
+
+from pipeline.errors import UserError
+from pipeline.sets import DataSet
+
+PADDING = 4  # of CIFAR-10's pictures, before the random crop
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Share:
     def bounds(self, samples: int) -> list[tuple[int, int]]:
         """First and last + 1 of each piece, of a batch of `samples`; a piece may be empty."""
         parts, first = self.processes * self.pieces, self.rank * self.pieces
-        return [(samples * p // parts, samples * (p + 1) // parts) for p in range(first, first + self.pieces)]
+        pieces = range(first, first + self.pieces)
+        return [(samples * piece // parts, samples * (piece + 1) // parts) for piece in pieces]
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class BatchDataset(Protocol):
     """A data set read by whole batches."""
 
     classes: int
+    names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -52,6 +60,20 @@ class BatchDataset(Protocol):
     def name(self, index: int) -> str:
         """Which file or image a sample is, for messages."""
         ...
+
+
+class Samples(Protocol):
+    """A split that is read from files, sample by sample."""
+
+    names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """An image (H, W, 3) uint8 and its target () or (H, W); all that is random comes from `rng`."""
+        ...
+
+    def name(self, index: int) -> str: ...
 
 
 def draw(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -65,9 +87,99 @@ def order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels (B, 3, H, W), uint8, of which each channel in 0..1 has `mean` and `std`, as a network wants them."""
-    shift, scale = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    """Pixels (B, 3, H, W), uint8, whose channels in 0..1 have `mean` and `std`, as float32 of mean 0 and deviation 1."""
+    shift, scale = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std)
+    )
     return ((pixels.float() / 255 - shift) / scale).contiguous()
+
+
+class FileDataset:
+    """A `BatchDataset` that reads its samples from files.
+
+    Attributes:
+        frames: Of Cityscapes: the path, width and height of each photo.
+    """
+
+    def __init__(self, samples: Samples, facts: DataSet, seed: int = 0) -> None:
+        self.samples, self.facts, self.seed = samples, facts, seed
+        self.names = samples.names
+        self.classes = len(samples.names)
+        self.frames: tuple[tuple[str, int, int], ...] = getattr(samples, "frames", ())
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.samples)
+
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
+        """The batch of `keys`, normalised, augmented as (seed, epoch, index) say."""
+        draws = [draw(self.seed, keys.epoch, index) for index in keys.indices]
+        pairs = [self.samples.sample(i, rng) for i, rng in zip(keys.indices, draws, strict=True)]
+        images, targets = zip(*pairs, strict=True)
+        sizes = sorted({image.shape[:2] for image in images})
+        if len(sizes) > 1:
+            listed = ", ".join(f"{height} x {width}" for height, width in sizes)
+            raise UserError(
+                f"{self.name(keys.indices[0])} and others: pictures of several sizes in a batch ({listed}); set test_size or a batch of 1"
+            )
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(np.stack(targets).astype(np.int64))
+        return normalised(pixels, self.facts.mean, self.facts.std), labels
+
+    def name(self, index: int) -> str:
+        """An image's path in the data root."""
+        return self.samples.name(index)
+
+
+class InMemory:
+    """A `BatchDataset` of small pictures held on a device, where its batches are made.
+
+    What is drawn at random is drawn on the CPU, so that every device makes the same samples.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        names: Sequence[str],
+        facts: DataSet,
+        *,
+        augment: bool = False,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        """Holds `images` (N, 3, H, W) uint8 and `labels` (N,) int64; `augment` crops (after padding) and flips."""
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.names, self.classes = tuple(names), len(names)
+        self.facts, self.augment, self.seed = facts, augment, seed
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
+        """The batch of `keys`, normalised, augmented as (seed, epoch, index) say."""
+        indices = torch.as_tensor(keys.indices, device=self.images.device)
+        images = self.images[indices]
+        if self.augment:
+            images = self._crop_and_flip(images, keys)
+        return normalised(images, self.facts.mean, self.facts.std), self.labels[indices]
+
+    def name(self, index: int) -> str:
+        """Which image of the split it is."""
+        return f"image {index}"
+
+    def _crop_and_flip(self, images: Tensor, keys: Keys) -> Tensor:
+        size = 2 * PADDING + 1
+        draws = [draw(self.seed, keys.epoch, i).integers(0, (size, size, 2)) for i in keys.indices]
+        top, left, flip = torch.from_numpy(np.stack(draws)).to(images.device).unbind(1)
+        height, width = (torch.arange(side, device=images.device) for side in images.shape[2:])
+        rows = top[:, None] + height
+        columns = left[:, None] + torch.where(flip[:, None] > 0, width.flip(0), width)
+        batch = torch.arange(len(images), device=images.device)[:, None, None]
+        padded = pad(images, [PADDING] * 4)
+        return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def batches(
@@ -83,18 +195,24 @@ def batches(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """An iterator over one epoch of `dataset`, beginning at batch number `start`.
 
-    An empty piece holds one sample of its batch, so that no process runs short of batches; training gives it no weight.
+    An empty piece holds one sample of its batch, so that every process has as many batches; training gives it no weight.
 
     Args:
+        dataset: What is read.
+        batch: Samples per batch, over all processes.
         seed: Of order and augmentation.
-        shuffle: Whether the order is drawn anew each epoch (training) or that of the manifest (evaluation).
+        epoch: Seeds them, too.
+        shuffle: Draw the order anew each epoch (training), or keep that of the manifest (evaluation).
+        start: The first batch, of a run that is resumed inside an epoch.
         share: Which pieces of each batch are read here.
         workers: Processes that prepare batches; changes nothing but the speed.
     """
     samples = order(len(dataset), seed, epoch) if shuffle else np.arange(len(dataset))
-    whole = [samples[i : i + batch] for i in range(start * batch, len(samples), batch)]
-    pieces = [
-        Keys(epoch, (part[a:b] if a < b else part[:1]).tolist()) for part in whole for a, b in share.bounds(len(part))
-    ]
+    pieces = []
+    for first in range(start * batch, len(samples), batch):
+        whole = samples[first : first + batch]
+        for low, high in share.bounds(len(whole)):
+            piece = whole[low:high] if low < high else whole[:1]
+            pieces.append(Keys(epoch, piece.tolist()))
     pin = workers > 0 and torch.cuda.is_available()
     return DataLoader(dataset, batch_size=None, sampler=pieces, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]

@@ -5,56 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PAPER, INK, FAINT = (250, 250, 248), (30, 34, 40), (120, 126, 134)
-GAP = 6
-TITLE = 46
+GAP, LABEL, TITLE = 8, 22, 66
 
 
 def contact_sheet(
     title: str,
     note: str,
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
-    *,
+    groups: Sequence[tuple[str, Sequence[np.ndarray]]],
     cell: tuple[int, int],
-    across: int,
+    columns: int,
 ) -> Image.Image:
-    """Lay out pictures under a title.
+    """Lays out groups of pictures under a title.
 
     Args:
-        rows: Groups of (name, RGB pictures); a group is a row, or part of one where `across` leaves room.
+        title: In large letters.
+        note: Below it.
+        groups: Names with their RGB pictures, side by side.
         cell: Width and height that each picture is fitted into.
-        across: Pictures side by side in all.
+        columns: Groups side by side.
     """
-    each = max(len(pictures) for _, pictures in rows)
-    groups = max(1, across // each)
-    lines = -(-len(rows) // groups)
-    label = 22
-    group = (each * (cell[0] + GAP) + 3 * GAP, cell[1] + label + 2 * GAP)
-    sheet = Image.new("RGB", (groups * group[0] + 3 * GAP, TITLE + 20 + lines * group[1] + 2 * GAP), PAPER)
+    each = max(len(pictures) for _, pictures in groups)
+    width, height = each * (cell[0] + GAP) + 2 * GAP, cell[1] + LABEL + 2 * GAP
+    lines = -(-len(groups) // columns)
+    sheet = Image.new("RGB", (columns * width + 2 * GAP, TITLE + lines * height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((3 * GAP, 10), title, INK, ImageFont.load_default(22))
-    pen.text((3 * GAP, 38), note, FAINT, ImageFont.load_default(13))
-    for number, (name, pictures) in enumerate(rows):
-        line, column = divmod(number, groups)
-        left, top = 3 * GAP + column * group[0], TITLE + 20 + line * group[1]
+    pen.text((2 * GAP, 10), title, INK, ImageFont.load_default(22))
+    pen.text((2 * GAP, 38), note, FAINT, ImageFont.load_default(13))
+    for number, (name, pictures) in enumerate(groups):
+        line, column = divmod(number, columns)
+        left, top = 2 * GAP + column * width, TITLE + line * height
         pen.text((left, top), name, INK, ImageFont.load_default(14))
         for i, picture in enumerate(pictures):
-            sheet.paste(fitted(picture, cell), (left + i * (cell[0] + GAP), top + label))
+            fitted = ImageOps.pad(
+                Image.fromarray(picture), cell, Image.Resampling.BICUBIC, (226, 226, 222)
+            )
+            sheet.paste(fitted, (left + i * (cell[0] + GAP), top + LABEL))
     return sheet
-
-
-def fitted(picture: np.ndarray, cell: tuple[int, int]) -> Image.Image:
-    """Scale a picture into a cell (small ones in whole steps: pixels stay pixels), on a grey ground."""
-    image = Image.fromarray(picture)
-    scale = min(cell[0] / image.width, cell[1] / image.height)
-    if scale >= 2:
-        size = (image.width * int(scale), image.height * int(scale))
-        image = image.resize(size, Image.Resampling.NEAREST)
-    else:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    ground = Image.new("RGB", cell, (226, 226, 222))
-    ground.paste(image, ((cell[0] - image.width) // 2, (cell[1] - image.height) // 2))
-    return ground
