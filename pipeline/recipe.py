@@ -104,7 +104,7 @@ class JacobianTerm:
         whole(1, probes=self.probes, increase_every=self.increase_every, stop_epoch=self.stop_epoch)
 
     def weight_at(self, step: int, epoch: int, warm_up: int) -> float:
-        """The weight in update `step` of epoch `epoch` (both from 0), when `warm_up` updates are unrolled."""
+        """The weight in an update of an epoch, both from 0, after `warm_up` unrolled updates."""
         if step < warm_up:
             return self.warm_up_weight
         if self.stop_epoch is not None and epoch >= self.stop_epoch:
@@ -147,10 +147,11 @@ class Recipe:
         warm_up: Unrolled updates at the start; None for none.
         jacobian: The Jacobian term; None for none.
         warm_start: Start each sample at its last equilibrium; None to start at z = 0.
-        lr_warm_up: Part of the updates in which the learning rate rises linearly; a half cosine follows.
+        lr_warm_up: Part of the updates in which the learning rate rises linearly, before it falls
+            as a half cosine.
         label_smoothing: Of the cross entropy.
-        average: Decay per update of an exponential moving average of the weights, which is then what
-            is validated and saved; 0 for none.
+        average: Decay per update of an exponential moving average of the weights, which is then
+            what is validated and saved; 0 for none.
         precision: Of convolutions and matrix products; weights and states are float32.
         checkpoint_minutes: Between two saves of the resumable state.
         log_every: Updates between two recorded rows.

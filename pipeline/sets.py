@@ -1,4 +1,4 @@
-"""The three data sets of the paper, as facts: which stage trains on them, how many classes and images they have."""
+"""Facts of the paper's three data sets: their stage, classes, images, colours."""
 
 from __future__ import annotations
 
@@ -32,15 +32,42 @@ class DataSet:
     std: tuple[float, float, float]
 
 
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-SETS = {
-    "cifar10": DataSet(
-        "cifar10", "CIFAR-10", "classify", 10, 50_000, "test", "eval/top1",
-        (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010),
+_ALL = (
+    DataSet(
+        "cifar10",
+        "CIFAR-10",
+        "classify",
+        classes=10,
+        train_images=50_000,
+        validation="test",
+        measure="eval/top1",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
     ),
-    "imagenet": DataSet("imagenet", "ImageNet", "pretrain", 1000, 1_281_167, "val", "eval/top1", *_IMAGENET),
-    "cityscapes": DataSet("cityscapes", "Cityscapes", "finetune", 19, 2_975, "val", "eval/miou", *_IMAGENET),
-}  # fmt: skip
-
+    DataSet(
+        "imagenet",
+        "ImageNet",
+        "pretrain",
+        classes=1000,
+        train_images=1_281_167,
+        validation="val",
+        measure="eval/top1",
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+    ),
+    DataSet(
+        "cityscapes",
+        "Cityscapes",
+        "finetune",
+        classes=19,
+        train_images=2_975,
+        validation="val",
+        measure="eval/miou",
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+    ),
+)
+SETS = {dataset.name: dataset for dataset in _ALL}
 BY_STAGE = {dataset.stage: dataset for dataset in SETS.values()}
