@@ -83,9 +83,11 @@ class Layout:
 
     def restore(self, flat: Tensor) -> State:
         """(B, D) to a state of this layout."""
-        lengths = [torch.Size(shape).numel() for shape in self.shapes]
-        parts = flat.split(lengths, dim=1)
-        tensors = [p.view(-1, *shape) for p, shape in zip(parts, self.shapes, strict=True)]
+        tensors, start = [], 0
+        for shape in self.shapes:
+            end = start + torch.Size(shape).numel()
+            tensors.append(flat[:, start:end].unflatten(1, shape) if shape else flat[:, start])
+            start = end
         if self.keys is not None:
             return dict(zip(self.keys, tensors, strict=True))
         return tensors[0] if self.kind is Tensor else self.kind(tensors)
@@ -145,7 +147,7 @@ class FlatMap:
     def _value(self, f: Callable[..., State], z: Tensor, arguments: Sequence[Tensor]) -> Tensor:
         copied = self.writes is not False or z.is_inference()
         given = z.clone() if copied else z
-        version = None if z.is_inference() else given._version
+        version = None if given.is_inference() else given._version
         with torch.autocast(self.device, self.low_precision, enabled=self.autocast):
             value = f(self.layout.restore(given), *arguments)
         wrote = version is not None and given._version != version
