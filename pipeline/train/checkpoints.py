@@ -52,17 +52,32 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Architecture
     Raises:
         UserError: The file is missing, damaged, or not a model of this project.
     """
+    content = _model_bytes(path)
     try:
-        content = path.read_bytes()
+        model = saved.read(content)
+        return model.build(device), model.architecture, model.facts
+    except ImportError as error:
+        raise UserError(f"{path}: {error}; run `pip install '.[explicit]'`") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {RESTORE}") from None
+
+
+def model_digest(path: Path) -> str:
+    """The digest of a model's file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    return files.digest(_model_bytes(path))
+
+
+def _model_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {RESTORE}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {RESTORE}") from None
-    try:
-        model = saved.read(content)
-        return model.build(device), model.architecture, model.facts
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; {RESTORE}") from None
 
 
 class RunState:
