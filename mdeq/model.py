@@ -1,9 +1,9 @@
-"""The multiscale deep equilibrium model: stem, injection, equilibrium z*, head (Fig. 1, Fig. 3a)."""
+"""The multiscale deep equilibrium model: stem, injection, equilibrium, head (Fig. 1, Fig. 3a)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,7 +42,7 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits (B, classes) or (B, classes, H_1, W_1), and the equilibrium (explicit models: None)."""
+    """Logits (B, classes) or (B, classes, H_1, W_1), and the equilibrium or, if explicit, None."""
 
     logits: Tensor
     equilibrium: Equilibrium | None
@@ -151,7 +151,7 @@ class MDEQ(nn.Module):
             value, solution = self._solve_part(f.part(rows), z0[rows], partial(adjoints.add, i))
             values.append(value)
             solutions.append(solution)
-        return torch.cat(values), _joined(solutions)
+        return torch.cat(values), Solution.joined(solutions)
 
     def _solve_part(
         self, f: StateMap, z0: Tensor, on_backward: Callable[[Solution], None] | None
@@ -234,25 +234,7 @@ class _Adjoints:
     def add(self, part: int, solution: Solution) -> None:
         self.found[part] = solution
         if len(self.found) == self.count and self.on_backward is not None:
-            self.on_backward(_joined([self.found.pop(i) for i in range(self.count)]))
-
-
-def _joined(parts: Sequence[Solution]) -> Solution:
-    """The solution of a batch from those of its parts; shorter traces repeat their last row."""
-    nfe = max(part.nfe for part in parts)
-    traces = []
-    for part in parts:
-        last = part.trace[-1] if part.nfe else part.relative
-        traces.append(torch.cat([part.trace, last.expand(nfe - part.nfe, -1)]))
-    return Solution(
-        value=torch.cat([p.value for p in parts]),
-        relative=torch.cat([p.relative for p in parts]),
-        absolute=torch.cat([p.absolute for p in parts]),
-        steps=torch.cat([p.steps for p in parts]),
-        converged=torch.cat([p.converged for p in parts]),
-        trace=torch.cat(traces, dim=1),
-        nfe=nfe,
-    )
+            self.on_backward(Solution.joined([self.found.pop(i) for i in range(self.count)]))
 
 
 def _stem_layer(

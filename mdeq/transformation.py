@@ -154,8 +154,8 @@ class ChannelDropout(nn.Module):
 
 
 def rectify(x: Tensor, softplus: float | None) -> Tensor:
-    """ReLU, or softplus of curvature `softplus` in the initial phase of training (Sec. 3.3)."""
-    return x.relu() if softplus is None else F.softplus(x, beta=softplus)
+    """ReLU in place, or softplus of curvature `softplus` in the initial phase (Sec. 3.3)."""
+    return x.relu_() if softplus is None else F.softplus(x, beta=softplus)
 
 
 class ResidualBlock(nn.Module):
@@ -173,7 +173,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, z: Tensor, injection: Tensor | None, softplus: float | None) -> Tensor:
         """(B, C, H, W) to the same shape."""
-        hidden = self.norm1(self.conv1(z)).relu()
+        hidden = self.norm1(self.conv1(z)).relu_()
         hidden = self.dropout(self.conv2(hidden))
         if injection is not None:
             hidden = hidden + injection
@@ -210,7 +210,7 @@ class Downsampling(nn.Module):
         first, *others = self.layers
         x = first(x)
         for layer in others:
-            x = layer(x.relu())
+            x = layer(x.relu_())
         return x
 
 
