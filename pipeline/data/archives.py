@@ -142,7 +142,8 @@ class _Pieces:
     """An open file that is never read in pieces larger than a member: no header can ask for gigabytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.tell, self.seek, self._read = file.tell, file.seek, file.read
+        self.tell, self.seek, self.seekable = file.tell, file.seek, file.seekable
+        self._read = file.read
 
     def read(self, size: int) -> bytes:
         if size > MEMBER:

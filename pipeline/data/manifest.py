@@ -161,9 +161,8 @@ def read_file(path: Path, expected: str | None = None) -> bytes:
         UserError: It cannot be read, is too large, or has changed.
     """
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(number, "rb") as file:
-            status = os.fstat(number)
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise fault(path, "not a regular file")
             if status.st_size > BYTES:
@@ -175,6 +174,10 @@ def read_file(path: Path, expected: str | None = None) -> bytes:
         advice = "it has changed since; restore it or run `python -m pipeline prepare`"
         raise fault(path, f"not the file of the manifest: {advice}")
     return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def listed(folder: Path) -> list[os.DirEntry[str]]:
