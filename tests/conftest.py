@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
-import pandas as pd
 import pytest
+
+from pipeline.data.manifest import to_csv
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ def manifest_of(tmp_path: Path):  # noqa: ANN201
     def write(form: ModuleType, root: Path) -> Path:
         rows = [form.inspect(root, found) for found in form.find(root)]
         form.check(root, rows)
-        pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
+        (tmp_path / "manifest.csv").write_bytes(to_csv(rows))
         return tmp_path / "manifest.csv"
 
     return write
