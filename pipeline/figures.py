@@ -32,9 +32,9 @@ NAMES = {
     "alexnet": "AlexNet", "anode": "ANODE", "deeplabv3": "DeepLabv3", "densenet264": "DenseNet-264",
     "dilated-resnet": "Dilated ResNet", "hrnet-w18": "HRNet-W18", "hrnet-w48": "HRNet-W48",
     "mdeq": "MDEQ", "mdeq-small": "MDEQ-small", "mdeq-large": "MDEQ-large", "mdeq-xl": "MDEQ-XL",
-    "mdeq-large-unrolled": "MDEQ-large, unrolled", "mobilenetv2": "MobileNetV2",
+    "mdeq-large-unrolled": "Unrolled MDEQ-large", "mobilenetv2": "MobileNetV2",
     "node": "Neural ODE",
-    "pspnet": "PSPNet", "resnet18": "ResNet-18", "resnet18-small": "ResNet-18, small",
+    "pspnet": "PSPNet", "resnet18": "ResNet-18", "resnet18-small": "ResNet-18 small",
     "resnet34": "ResNet-34", "resnet50": "ResNet-50", "resnet101": "ResNet-101",
     "single-stream": "Single-stream DEQ", "unetplusplus": "U-Net++", "wide-resnet50": "W-ResNet-50",
     "anderson": "Anderson", "broyden": "Broyden", "fixed_point": "iterating f",
@@ -205,10 +205,10 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def by_seed(history: pd.DataFrame, column: str) -> pd.DataFrame:
-    """A measure of history.csv: one row per epoch, one column per seed."""
-    if "seed" not in history:
-        history = history.assign(seed=0)
-    return history.pivot_table(column, "epoch", "seed")
+    """A measure of history.csv: one row per epoch, one column per seed; empty if missing."""
+    if column not in history:
+        return pd.DataFrame()
+    return history.assign(seed=history.get("seed", 0)).pivot_table(column, "epoch", "seed")
 
 
 def training_curves(history: pd.DataFrame, title: str) -> Figure:
@@ -228,14 +228,20 @@ def figure4a(histories: Mapping[str, pd.DataFrame], measure: str = "eval/top1") 
     return lines([Panel("", "test accuracy, %", curves, ".1f")], "epoch")
 
 
-def accuracy_by_core_hours(histories: Mapping[str, pd.DataFrame], cores: int = 1) -> Figure:
-    """Test accuracy by core-hours of training, from each model's history.csv; on `cores` cores."""
+def accuracy_by_core_hours(
+    histories: Mapping[str, pd.DataFrame], cores: int | None = None
+) -> Figure:
+    """Test accuracy by core-hours of training, from each model's history.csv.
+
+    `cores`: that each training used; None where that is not known: by its hours.
+    """
     curves = {}
     for name, table in histories.items():
         accuracy = by_seed(table, "eval/top1")
-        hours = by_seed(table, "time/seconds").mean(axis=1) * cores / 3600
+        hours = by_seed(table, "time/seconds").mean(axis=1) * (cores or 1) / 3600
         curves[display(name)] = accuracy.set_axis(hours.reindex(accuracy.index))
-    return lines([Panel("", "test accuracy, %", curves, ".1f")], "core-hours")
+    xlabel = "core-hours" if cores else "hours of training"
+    return lines([Panel("", "test accuracy, %", curves, ".1f")], xlabel)
 
 
 def accuracy_by_evaluations(by_steps: Mapping[str, pd.DataFrame]) -> Figure:
@@ -335,10 +341,11 @@ def figure4b(
         right.barh(places, space.fillna(0), 0.62, color=YELLOW)
         for axes, values, ends in ((left, time, longest), (right, space, space)):
             for place, value, end in zip(places, values, ends, strict=True):
-                words = f" {value:.2f}" if np.isfinite(value) else " not measured"
-                axes.text(end if np.isfinite(end) else 0, place, " " + words, va="center")
+                words = f"{value:.2f}" if np.isfinite(value) else "not measured"
+                at = end if np.isfinite(end) else 0, place
+                axes.annotate(words, at, (5, 0), textcoords="offset points", va="center")
             axes.axvline(1, color=INK, linewidth=0.7, linestyle=(0, (2, 4)), alpha=0.6, zorder=0)
-            axes.set_xlim(0, 1.2 * np.nanmax(ends))
+            axes.set_xlim(0, 1.2 * max(1, ends.max()))
             axes.set_xlabel(f"relative to {display(reference)}")
             axes.tick_params(axis="y", length=0)
         left.set_yticks(places, [display(name, 24) for name in rounds])
