@@ -1,27 +1,32 @@
-"""What belongs to the machine and not to the experiment: device, workers, data roots, tracking server.
+"""What belongs to the machine and not to the experiment: device, workers, data roots, MLflow store.
 
 None of it is a param: the same params on another machine are the same experiment. It comes from the
-command line or the environment, and is recorded beside every metric by `Machine.describe`.
+command line or the environment, and `Machine.describe` is recorded beside every metric. Torch is
+imported where a device is looked for: stages that need none start at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import getpass
 import os
 import platform
+import re
+import shlex
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-SETS = ("cifar10", "imagenet", "cityscapes")
+from pipeline.errors import UserError
+from pipeline.sets import SETS
+
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "pandas")
-
-
-class MachineError(ValueError):
-    """A wrong option or environment variable; the message names it and the cure."""
+SECRET = re.compile("PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|API_KEY|ACCESS_KEY", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,14 @@ class Machine:
     """Where a stage runs.
 
     Attributes:
-        root: The repository: `data/`, `work/` and the MLflow store live below it. Results and drawn data do not:
-            they are relative to the working directory, which DVC moves for a queued experiment.
-        device: A torch device, checked to exist: cpu, cuda, cuda:0, mps.
+        root: The repository, with `data/`, `work/` and the MLflow store. Results and generated data
+            are relative to the working directory, which DVC moves for a queued experiment.
+        device: A torch device that exists: cpu, cuda, cuda:0, mps.
         workers: Loader processes; 0 loads in the training process.
-        threads: torch's CPU threads; None leaves torch's own choice.
-        tracking_uri: The MLflow store; None switches tracking off.
-        experiment: The MLflow experiment that runs join: MLFLOW_EXPERIMENT_NAME, or one for each scale of params.
-        data_roots: The sets whose data lie elsewhere, by MDEQ_DATA_<SET>.
+        threads: Torch's CPU threads; None for torch's own choice.
+        tracking_uri: The MLflow store; None records nothing there.
+        experiment: The MLflow experiment of the runs.
+        data_roots: The data sets that lie elsewhere, by MDEQ_DATA_<SET>.
     """
 
     root: Path
@@ -52,120 +57,237 @@ class Machine:
         cls,
         device: str | None = None,
         workers: int | None = None,
-        environ: Mapping[str, str] = os.environ,
         scale: str | None = None,
+        environ: Mapping[str, str] = os.environ,
     ) -> Machine:
-        """The machine as options (which win) and environment say; `device="cpu"` spares torch's import.
+        """The machine by options, which win, and environment; device "cpu" imports no torch.
 
         Raises:
-            MachineError: A device is not there, a number is none, or a data root does not exist.
+            UserError: A value is invalid, or what it names does not exist.
         """
         root = Path(environ.get("DVC_ROOT") or Path.cwd()).resolve()
-        threads = _number(environ, "MDEQ_THREADS", least=1)
+        _check_processes(environ)
         if workers is None:
             workers = _number(environ, "MDEQ_WORKERS", least=0) or 0
         return cls(
             root=root,
-            device=_device(device or environ.get("MDEQ_DEVICE") or "auto", environ.get("LOCAL_RANK")),
+            device=_device(device, environ),
             workers=workers,
-            threads=threads,
+            threads=_number(environ, "MDEQ_THREADS", least=1),
             tracking_uri=_tracking_uri(root, environ),
-            experiment=environ.get("MLFLOW_EXPERIMENT_NAME") or (f"mdeq-{scale}" if scale else "mdeq"),
+            experiment=environ.get("MLFLOW_EXPERIMENT_NAME")
+            or (f"mdeq-{scale}" if scale else "mdeq"),
             data_roots=_data_roots(environ),
         )
 
+    def use_threads(self) -> None:
+        """Gives torch this machine's number of CPU threads."""
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+
     def describe(self) -> dict[str, str | int]:
         """Flat facts to record beside a metric: device, cores, versions, commit."""
-        facts: dict[str, str | int] = {
+        return {
             "device": _device_name(self.device),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "cores": os.cpu_count() or 1,
             "platform": platform.platform(terse=True),
             "python": platform.python_version(),
             "commit": commit(self.root),
-        }
-        return facts | versions()
-
-    def fingerprint(self) -> dict[str, str | int]:
-        """What decides how fast this machine trains; `benchmark` depends on it. Needs no torch."""
-        return {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count() or 1,
-            "gpus": ", ".join(_gpu_names()) or "none",
-            "torch": versions()["torch"],
+            **versions(),
         }
 
 
-def write_fingerprint(machine: Machine, path: Path) -> None:
-    """Write `machine.fingerprint()` as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(machine.fingerprint(), indent=2) + "\n")
+def fingerprint() -> dict[str, str | int]:
+    """What decides how fast this machine trains; the benchmark depends on it."""
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    names = [name for file in gpus for name in _values(file, "Model:")]
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "gpus": ", ".join(names) or "none",
+        "torch": versions()["torch"],
+    }
 
 
 def versions() -> dict[str, str]:
-    """The versions of what results depend on, read without importing them."""
-    found: dict[str, str] = dict.fromkeys(PACKAGES, "none")
+    """The versions of packages that results depend on, read without importing them."""
+    found = dict.fromkeys(PACKAGES, "none")
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
 
 
+@cache
 def commit(root: Path) -> str:
-    """The checkout's git commit, with `+` when files differ from it; "none" without git."""
+    """The checkout's git commit, with `+` where files differ from it; "none" without git.
+
+    Git refuses a checkout that another user owns; that is said, and how to allow it.
+    """
+    words = (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+    answers = []
+    for command in words:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True
+            )
+        except OSError:
+            return "none"
+        if "dubious ownership" in done.stderr:
+            allow = f"git config --global --add safe.directory {shlex.quote(str(root))}"
+            return f"unknown: git refuses another user's checkout; allow it with `{allow}`"
+        if done.returncode:
+            return "none"
+        answers.append(done.stdout.strip())
+    return answers[0] + "+" * bool(answers[1])
+
+
+def launcher(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The words of MDEQ_LAUNCH; none where it is not set, or this process was launched by it.
+
+    Raises:
+        UserError: They cannot be told apart.
+    """
+    text = environ.get("MDEQ_LAUNCH", "")
+    if "RANK" in environ:
+        return []
     try:
-        head, changed = (
-            subprocess.run(["git", "-C", str(root), *words.split()], capture_output=True, text=True, check=True).stdout
-            for words in ("rev-parse HEAD", "status --porcelain -uno")
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return head.strip() + "+" * bool(changed.strip())
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"MDEQ_LAUNCH={text}: {error}; for example torchrun --nproc-per-node 2"
+        ) from None
+
+
+def name_user() -> None:
+    """Gives a user without a name or home, as in `docker run --user`, what libraries look for."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
+    if not os.path.isabs(os.path.expanduser("~")):
+        os.environ["HOME"] = tempfile.gettempdir()
+
+
+def masked(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The text without the secrets of the environment, and without those of any address in it."""
+    secrets: set[str] = set()
+    for name, value in environ.items():
+        if SECRET.search(name):
+            secrets |= {value, *value.split()}
+        elif "://" in value:
+            secrets |= _secrets_of(value)
+    forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), repr(s)[1:-1])}
+    for form in sorted(forms, key=len, reverse=True):
+        if len(form) > 2:
+            text = text.replace(form, "***")
+    text = re.sub(r"(\w://)[^\s/'\"][^\s'\"]*@", r"\1***@", text)
+    names = "token|password|passwd|secret|key|signature|sig"
+    return re.sub(rf"(?i)([?&][\w-]*(?:{names})=)[^&\s'\"]+", r"\1***", text)
+
+
+def _secrets_of(address: str) -> set[str]:
+    """Password and query values of an address; the password may have any characters."""
+    rest = address.partition("://")[2]
+    if rest.startswith("/"):
+        return set()  # of a file
+    user, colon, password = rest.rpartition("@")[0].partition(":")
+    query = parse_qsl("".join(rest.partition("?")[1:]).removeprefix("?"))
+    return {password if colon else user, *(value for name, value in query if SECRET.search(name))}
 
 
 def _number(environ: Mapping[str, str], name: str, least: int) -> int | None:
     text = environ.get(name)
-    if text and (not text.isdecimal() or int(text) < least):
-        raise MachineError(f"{name}={text}: must be a whole number of at least {least}")
-    return int(text) if text else None
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise UserError(f"{name}={text}: must be a whole number of at least {least}")
+    return int(text)
 
 
-def _device(name: str, process: str | None) -> str:
-    """`name`, checked; where torchrun started several processes, `cuda` is the GPU of this one's number."""
+def _check_processes(environ: Mapping[str, str]) -> None:
+    """Checks that torchrun's variables agree with each other."""
+    size = _number(environ, "WORLD_SIZE", least=1) or 1
+    local_size = _number(environ, "LOCAL_WORLD_SIZE", least=1) or size
+    for name, processes in (("RANK", size), ("LOCAL_RANK", local_size)):
+        rank = _number(environ, name, least=0) or 0
+        if rank >= processes:
+            raise UserError(
+                f"{name}={rank}: must be less than the {processes} processes; use torchrun"
+            )
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not environ.get(name)]
+    if size > 1 and missing:
+        raise UserError(f"WORLD_SIZE={size}: needs {', '.join(missing)}, too; use torchrun")
+
+
+def _device(option: str | None, environ: Mapping[str, str]) -> str:
+    """The device asked for, checked; `cuda` under torchrun is the GPU of this process' number."""
+    name = option or environ.get("MDEQ_DEVICE") or "auto"
+    said = f"--device {name}" if option else f"MDEQ_DEVICE={name}"
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise UserError(f"{said}: must be auto, cpu, cuda, cuda:<number> or mps")
     if name == "cpu":
         return name
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and process is not None:
-        name = f"cuda:{process}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise MachineError(f"device {name!r}: must be auto, cpu, cuda, cuda:<number> or mps") from None
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise MachineError(f"device {name!r}: torch sees {found} CUDA devices here; use --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise MachineError(f"device {name!r}: torch sees no Apple GPU here; use --device cpu")
+    if name == "auto" and not found:
+        return "cpu"
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError(f"{said}: torch sees no Apple GPU here; use cpu")
+        return name
+    if name in ("auto", "cuda"):
+        name = f"cuda:{environ['LOCAL_RANK']}" if environ.get("LOCAL_RANK") else "cuda"
+    if int(name.partition(":")[2] or 0) >= found:
+        raise UserError(f"{said}: torch sees {found} CUDA devices here, not {name}; use cpu")
     return name
 
 
 def _tracking_uri(root: Path, environ: Mapping[str, str]) -> str | None:
+    """The store's address; relative paths are relative to the repository."""
     if environ.get("MDEQ_TRACKING", "on").lower() == "off":
         return None
-    return environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    uri = environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme, colon, rest = uri.partition(":")
+    if scheme in ("sqlite", "file") and colon and rest[:4] != "////":
+        path = unquote(rest.partition("?")[0].removeprefix("///" if scheme == "sqlite" else "//"))
+        where = quote(str(root / path))
+        return f"sqlite:///{where}" if scheme == "sqlite" else f"file://{where}"
+    if "://" not in uri and not uri.startswith("databricks"):
+        return (root / uri).as_uri()
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(uri)
+        if (
+            "\n" not in uri
+            and (parts.hostname or not uri.startswith("http"))
+            and (parts.port or True)
+        ):
+            return uri
+    raise UserError(
+        "MLFLOW_TRACKING_URI: is not an address; write special characters of its password in "
+        "percent-encoding, as %2F for /"
+    )
 
 
 def _data_roots(environ: Mapping[str, str]) -> dict[str, Path]:
     roots = {}
     for name in SETS:
         variable = f"MDEQ_DATA_{name.upper()}"
-        if text := environ.get(variable):
+        text = environ.get(variable)
+        if not text:
+            continue
+        try:
             roots[name] = Path(text).expanduser()
-            if not roots[name].is_dir():
-                raise MachineError(f"{variable}={text}: no such directory")
+            found = roots[name].is_dir()
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"{variable}={text}: {error}") from None
+        if not found:
+            raise UserError(f"{variable}={text}: no such directory")
     return roots
 
 
@@ -182,13 +304,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _gpu_names() -> list[str]:
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    return [name for file in files for name in _values(file, "Model:")]
-
-
 def _values(path: Path, key: str) -> list[str]:
-    """What stands behind the colon in the lines of a file of /proc that begin with `key`; nothing without the file."""
+    """What follows the colon in the lines of a file in /proc that begin with `key`."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
