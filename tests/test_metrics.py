@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.metrics import IGNORE, ConfusionMatrix, TopK
+from mdeq import Broyden
+from mdeq.losses import IGNORE
+from pipeline.train.metrics import ConfusionMatrix, SolverStatistics, TopK
 
 
 def test_topk_equals_sorting() -> None:
@@ -114,8 +116,43 @@ def test_our_miou_is_what_cityscapesscripts_computes() -> None:
     assert metric.iou() == pytest.approx(scores)
 
 
+def test_logits_of_pixels_are_resized_to_their_labels() -> None:
+    """Bilinear between pixel centres: of two columns, the left half of the labels is nearer the left."""
+    logits = torch.tensor([[[[5.0, -5.0]], [[-5.0, 5.0]]]])  # (1, 2 classes, 1, 2)
+    metric = ConfusionMatrix(2)
+    metric.update(logits, torch.tensor([[[0, 0, 1, 1]] * 2]))
+    assert metric.compute()["eval/miou"] == 100
+
+
+def test_solver_statistics_are_per_sample_and_failures_are_counted() -> None:
+    """z = a z + 1 - a is solved by 1; where a is NaN nothing is found."""
+    slopes = torch.tensor([0.0, 0.5, 0.9, math.nan])[:, None]
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        return slopes * z + 1 - slopes
+
+    statistics, solutions = SolverStatistics(), []
+    for steps in (1, 3):
+        solutions.append(Broyden(steps=steps, tolerance=1e-4)(f, torch.zeros(4, 1)))
+        statistics.update(solutions[-1])
+    values = statistics.compute()
+    relative = torch.cat([solution.relative for solution in solutions])
+    finite = relative[relative.isfinite()]
+    assert len(finite) == 6
+    assert values["solver/relative_residual"] == pytest.approx(float(finite.mean()))
+    assert values["solver/relative_residual_max"] == pytest.approx(float(finite.max()))
+    assert values["solver/failed"] == 2
+    assert values["solver/nfe"] == sum(solution.nfe for solution in solutions) / 2
+    converged = torch.cat([solution.converged for solution in solutions]).float().mean()
+    assert values["solver/converged"] == pytest.approx(float(converged))
+    second = torch.cat([solution.trace[1] for solution in solutions])
+    expected = float(second[second.isfinite()].mean())
+    assert values["solver/residual_after_2"] == pytest.approx(expected)
+    assert SolverStatistics().compute() == {}
+
+
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="expected logits"):
         TopK(10).update(torch.zeros(4, 9), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="expected logits"):
-        ConfusionMatrix(3).update(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 4, dtype=torch.int64))
+        ConfusionMatrix(3).update(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pipeline.machine import Machine
 from pipeline.params import ClassifyParams
+from pipeline.recipe import Debug
 from pipeline.train import experiment
-
-if TYPE_CHECKING:
-    from pipeline.recipe import Debug
 
 
 def run(model: str, params: ClassifyParams, machine: Machine, debug: Debug | None = None) -> None:

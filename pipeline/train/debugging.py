@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,10 +14,7 @@ from torch.profiler import profile, schedule
 
 from pipeline.data.loading import BatchDataset, Keys
 from pipeline.progress import Training, say
-from pipeline.recipe import Recipe
-
-if TYPE_CHECKING:
-    from pipeline.recipe import Debug
+from pipeline.recipe import Debug, Recipe
 
 
 @dataclass(frozen=True)

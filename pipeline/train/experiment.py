@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -28,16 +28,14 @@ from pipeline.data.manifest import read_summary
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.params import TrainParams, check_counts, plain
+from pipeline.recipe import Debug
 from pipeline.sets import BY_STAGE
 from pipeline.train import checkpoints, debugging, distributed
 from pipeline.train.checkpoints import MODEL, RunState, load_model, save_model
 from pipeline.train.loop import Row, Task, train
 from pipeline.train.tasks import make_task
 
-if TYPE_CHECKING:
-    from pipeline.recipe import Debug
-
-SOURCES = ("archives", "loading", "manifest", "pictures", "readers")  # of every data set
+SOURCES = ("loading", "manifest", "pictures", "readers")  # of every data set
 
 
 @dataclass(frozen=True)

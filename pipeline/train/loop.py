@@ -376,7 +376,7 @@ class _Run:
         if self.last is None or not self.last.known:
             return model(piece.images, jacobian_probes=probes)
         assert recipe.warm_start is not None
-        z0 = self.last.read(piece.indices).to(piece.images.device)
+        z0 = self.last.read(piece.indices).to(next(model.parameters()))
         limit = recipe.warm_start.limit(self.state.epoch, recipe.epochs)
         with _limited(model, limit):
             once = None if limit else 1
@@ -538,7 +538,7 @@ def evaluate_split(
                 statistics.update(solution)
             if on_batch is not None:
                 on_batch(logits, targets, solution)
-    metric.counts = metric.counts.to(device)
+    metric.counts = metric.counts.to(device).clone()  # no longer an inference tensor
     distributed.add_up([metric.counts])
     statistics.samples = torch.cat(distributed.from_all(statistics.samples))
     return metric.compute() | statistics.compute()

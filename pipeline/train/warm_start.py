@@ -56,10 +56,10 @@ class LastEquilibria:
             files.write_text(self._mark(self._epoch), str(self._epoch))
 
     def read(self, indices: np.ndarray) -> Tensor:
-        """The last epoch's states (len(indices), D), float32."""
+        """The last epoch's states (len(indices), D), bfloat16."""
         if self._read is None:
             self._read = self._map(self._epoch - 1, width=None)
-        return self._read[torch.from_numpy(indices)].float()
+        return self._read[torch.from_numpy(indices)]
 
     def write(self, indices: np.ndarray, prediction: Prediction) -> None:
         """Stores the states of a batch."""
