@@ -261,15 +261,11 @@ def load(
     Raises:
         UserError: The section is missing or wrong.
     """
-    keys = (stage,) if instance is None else (stage, instance)
-    data = settings.section(settings.read(Path(path)), keys, Path(path))
-    kind = settings.hints(Params)[stage]
+    kind, keys = settings.hints(Params)[stage], (stage,)
     if instance is not None:
+        keys = (stage, instance)
         kind = settings.hints(kind)[instance] if is_dataclass(kind) else get_args(kind)[1]
-    reader = settings.Reader()
-    section = reader.value(kind, settings.changed(data, changes), keys)
-    settings.report(reader.problems, Path(path), keys, changes)
-    return section
+    return settings.load(kind, Path(path), keys, changes)
 
 
 def check(path: str | Path = FILE) -> None:
@@ -278,11 +274,8 @@ def check(path: str | Path = FILE) -> None:
     Raises:
         UserError: One line per error of the file.
     """
-    reader = settings.Reader()
-    params = reader.value(Params, settings.read(Path(path)), ())
-    if params is not None:
-        reader.problems += _wrong_backbones(params) + _wrong_convergence(params)
-    settings.report(reader.problems, Path(path))
+    params = settings.load(Params, Path(path))
+    settings.report(_wrong_backbones(params) + _wrong_convergence(params), Path(path))
 
 
 def scale(path: str | Path = FILE) -> str:

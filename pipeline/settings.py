@@ -211,6 +211,19 @@ def changed(data: Any, changes: Sequence[str]) -> Any:
     return data
 
 
+def load(kind: Any, path: Path, keys: Keys = (), changes: Sequence[str] = ()) -> Any:
+    """What a params file says under some keys, as a value of the type `kind`.
+
+    Raises:
+        UserError: It is missing or wrong; one line per error.
+    """
+    data = section(read(path), keys, path)
+    reader = Reader()
+    value = reader.value(kind, changed(data, changes) if changes else data, keys)
+    report(reader.problems, path, keys, changes)
+    return value
+
+
 def report(
     problems: Sequence[Problem], path: Path, keys: Keys = (), changes: Sequence[str] = ()
 ) -> None:
