@@ -6,6 +6,7 @@ which says what to do; the run file waits meanwhile.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import json
@@ -27,7 +28,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pipeline import files
 from pipeline.errors import UserError
-from pipeline.machine import Machine, versions
+from pipeline.machine import Machine, masked, versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,6 +44,7 @@ ENVIRONMENT = {  # MLflow neither calls home nor prints tracebacks nor retries f
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 LATER = "`python -m pipeline sync` then uploads the runs"
 REASONS = {  # what an error says -> what is wrong, and what to do
@@ -55,10 +57,14 @@ REASONS = {  # what an error says -> what is wrong, and what to do
     "No module named|Can't load plugin": "a Python package for it is missing; install it",
     r"authentication|[Aa]ccess denied|\b40[13]\b|[Uu]nauthorized|[Ff]orbidden": "it refuses the "
     "credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    "[Pp]arse|[Ii]nvalid URL|[Uu]nsupported|No host": "MLFLOW_TRACKING_URI is not an address "
+    "[Pp]arse|[Ii]nvalid (URL|url)|[Uu]nsupported|No host": "MLFLOW_TRACKING_URI is not an address "
     "of a store; write http://host:5000 or sqlite:////folder/mlflow.db",
     "": "it does not answer; the runs wait in their files",
 }
+THREADS = threading.Lock()
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
 VIEW = "stages"
 COLUMNS = ("eval/top1", "eval/miou", "loss/train", "solver/relative_residual", "solver/nfe")
 RUN_NAME = "attributes.`Run Name`"
@@ -218,6 +224,7 @@ class Upload:
 
     def _log_model(self, path: Path) -> None:
         """Stores a model such that `mlflow.pyfunc.load_model` and `mlflow models serve` predict."""
+        import pandas as pd
         from mlflow import pyfunc
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model, ModelSignature
@@ -238,6 +245,7 @@ class Upload:
                 code_paths=[str(Path(__file__).parents[1] / name) for name in ("mdeq", "pipeline")],
                 mlflow_model=Model(logged.artifact_location, self._run, model_id=logged.model_id),
                 signature=ModelSignature(asked, answers),
+                input_example=pd.DataFrame({"picture": [base64.b64decode(PICTURE)]}),
                 pip_requirements=packages,
             )
             self._client.log_model_artifacts(logged.model_id, f"{folder}/model")
@@ -343,11 +351,10 @@ def _is_http(machine: Machine) -> bool:
 
 def _database(machine: Machine) -> Path | None:
     """The file of an SQLite store; None for another store."""
-    uri, own = str(machine.tracking_uri), machine.root / "mlflow.db"
-    if not uri.startswith("sqlite:///"):
+    prefix, path = "sqlite:///", str(machine.tracking_uri)
+    if not path.startswith(prefix):
         return None
-    path = uri.removeprefix("sqlite:///")
-    return own if str(own) in (path, unquote(path)) else Path(unquote(path.partition("?")[0]))
+    return Path(unquote(path.removeprefix(prefix).partition("?")[0]))
 
 
 def _address(database: Path) -> str:
@@ -377,10 +384,12 @@ def _make(database: Path) -> None:
         raise PermissionError("Permission denied")
 
 
-def _alone(machine: Machine) -> contextlib.AbstractContextManager[None]:
-    """One process at a time makes a store, an experiment or a run."""
+@contextlib.contextmanager
+def _alone(machine: Machine) -> Iterator[None]:
+    """One process, and one thread in it, at a time makes a store, an experiment or a run."""
     database = _database(machine) or machine.root / "work" / "mlflow"
-    return files.locked(database.with_name(f"{database.name}.lock"), "", wait=True)
+    with THREADS, files.locked(database.with_name(f"{database.name}.lock"), "", wait=True):
+        yield
 
 
 def _save_view(client: MlflowClient, experiment: str) -> None:
@@ -449,7 +458,12 @@ def _serve(machine: Machine, port: int, page: str) -> int:
     address = _address(database) if database else str(machine.tracking_uri)
     # the address may hold a password, and every user of the machine can read arguments
     environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": address}
-    server = subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, *words],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         while server.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -471,36 +485,6 @@ def explained_port(port: int) -> Iterator[None]:
         raise UserError(
             f"port {port}: cannot be used ({error.strerror}); choose another by --port"
         ) from None
-
-
-def register(machine: Machine, run: str, name: str) -> str:
-    """Makes the model of a run a new version of the registered model `name`; returns the version.
-
-    Raises:
-        UserError: The store cannot be reached or used, or has no model of the run.
-    """
-    with explained(machine):
-        from mlflow.exceptions import MlflowException
-
-        client, experiment = connect(machine)
-        found = _find(client, experiment, "mark", run) if run.isalnum() else None
-        if found is None or not (found.outputs and found.outputs.model_outputs):
-            raise UserError(
-                f"{name}: MLflow has no model of its run; run `python -m pipeline sync`"
-            )
-        with contextlib.suppress(MlflowException):  # it is there
-            client.create_registered_model(name)
-        model = found.outputs.model_outputs[-1].model_id
-        made = client.create_model_version(
-            name, f"models:/{model}", found.info.run_id, model_id=model
-        )
-        return made.version
-
-
-def masked(text: str) -> str:
-    """The text without what may be secret in the addresses that it names."""
-    text = re.sub(r"(\w+://)\S*@", r"\1***@", text)
-    return re.sub(r"([?&][\w-]+=)[^&\s;)'\"]+", r"\1***", text)
 
 
 def load_sensors() -> list[Any]:

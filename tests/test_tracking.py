@@ -1,340 +1,849 @@
-"""Tracking: runs on a real sqlite store; resumed without doubles; and never in the way of a stage."""
+"""Tracking: the run file, its upload to real stores however often and however late, and the views.
+
+Stores are SQLite files and an MLflow server, which a small proxy makes slow, silent or absent.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
+import textwrap
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from pydantic import BaseModel
+from mlflow.entities import Run, ViewType
 
-from mdeq.baselines import ResNetConfig
-from pipeline import params, tracking
-from pipeline.checkpoints import Architecture, save_model
-from pipeline.inference import Predictor
+from pipeline import store, tracking
+from pipeline.errors import UserError
 from pipeline.machine import Machine
-from pipeline.tracking import MlflowTracker, NullTracker
 
 ROOT = Path(__file__).parents[1]
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("MDEQ_", "MLFLOW_", "DVC_"))}
+CLEAN |= {"PYTHONPATH": str(ROOT)}
+PATIENCE = 300.0
+FRESH_STORE = """
+    from pathlib import Path
+    from pipeline import store
+    from pipeline.machine import Machine
+    root = Path.cwd()
+    machine = Machine(root, tracking_uri=f"sqlite:///{root}/mlflow.db", experiment="first")
+    with store._alone(machine):
+        print(store.connect(machine)[1])
+"""
 
 
-class Many(BaseModel):
-    values: dict[str, int]
+def python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **(pipes | {"env": CLEAN} | options))
 
 
 @pytest.fixture(scope="session")
-def two_at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A store made by two processes at once, after one that was killed amid it; and how the two ended."""
+def made_stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """A store made by two processes at once, after one that was killed amid it; how they ended."""
     root = tmp_path_factory.mktemp("store")
-    code = (
-        "from pathlib import Path; from pipeline import tracking; from pipeline.machine import Machine; "
-        f"root = Path({str(root)!r}); "
-        "print(tracking.open_store(Machine(root, tracking_uri=f'sqlite:///{root}/mlflow.db'))[1])"
-    )
-    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT) as killed:
-        while tables_in(root) < 30:
+    with python(FRESH_STORE, cwd=root) as killed:
+        while _tables(root / "mlflow.db.new") < 10 and killed.poll() is None:
             time.sleep(0.002)
         killed.kill()
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=240) for process in both]
-    return root / "mlflow.db", [(process.returncode, *texts) for process, texts in zip(both, said, strict=True)]
+    both = [python(FRESH_STORE, cwd=root) for _ in range(2)]
+    said = ["".join(process.communicate(timeout=PATIENCE)) for process in both]
+    ended = [(process.returncode, text) for process, text in zip(both, said, strict=True)]
+    return root / "mlflow.db", ended
 
 
-def tables_in(root: Path) -> int:
-    """How many tables a store that is being made has so far, whatever its file is called."""
-    for file in {*root.glob("mlflow.db*")} - {*root.glob("*.lock"), *root.glob("*-journal")}:
-        with (
-            contextlib.suppress(sqlite3.Error),
-            contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db,
-        ):
-            return db.execute("select count(*) from sqlite_master where type = 'table'").fetchone()[0]
+def _tables(path: Path) -> int:
+    with contextlib.suppress(sqlite3.Error):
+        address = f"file:{path}?mode=ro"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+            count = "select count(*) from sqlite_master where type = 'table'"
+            return database.execute(count).fetchone()[0]
     return 0
 
 
 @pytest.fixture
-def empty_store(two_at_once: tuple[Path, object]) -> Path:
-    """A store with its tables: they take seconds to make, so tests copy this one."""
-    return two_at_once[0]
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, without the user's settings; uploads follow quickly."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_ROOT", "RANK", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_UPLOADS", 0.2)
+    return tmp_path
 
 
 @pytest.fixture
-def machine(empty_store: Path, workspace: Path) -> Machine:
-    shutil.copy(empty_store, workspace)
-    return Machine(workspace, tracking_uri=f"sqlite:///{workspace / 'mlflow.db'}")
+def machine(made_stores: tuple[Path, object], folder: Path) -> Machine:
+    """A machine with a store of its own: making one takes seconds, so it is a copy."""
+    shutil.copy(made_stores[0], folder)
+    return Machine(folder, tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
 
 
-def stored(machine: Machine, run_id: str | None) -> Run:
-    assert run_id is not None and machine.tracking_uri is not None
-    return MlflowClient(machine.tracking_uri).get_run(run_id)
-
-
-def history(machine: Machine, run_id: str | None, name: str) -> list[tuple[int, float]]:
-    assert run_id is not None and machine.tracking_uri is not None
-    return [(m.step, m.value) for m in MlflowClient(machine.tracking_uri).get_metric_history(run_id, name)]
-
-
-def files(machine: Machine, run_id: str | None) -> set[str]:
-    assert run_id is not None and machine.tracking_uri is not None
-    return {entry.path for entry in MlflowClient(machine.tracking_uri).list_artifacts(run_id)}
-
-
-def test_a_stage_is_a_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DVC_STAGE", "classify@mdeq-small")
-    section = params.load("classify", "mdeq-small")
-    (machine.root / "note.txt").write_text("hello")
-    with tracking.start("classify", "mdeq-small", section, machine) as tracker:
-        for step in range(5):
-            tracker.metrics({"loss/train": 1 / (step + 1), "solver/nfe": 19}, step)
-        tracker.artifact(machine.root / "note.txt", "notes")
-        tracker.dataset("cifar10", "0123456789abcdef" * 4, "data/cifar10")
-        tracker.tag("fingerprint", "f" * 8)
-    run = stored(machine, tracker.run_id)
-    assert (run.info.run_name, run.info.status) == ("classify/mdeq-small", "FINISHED")
-    assert run.data.params["model.channels"] == "[24, 24]"
-    assert run.data.params["backward.solver.kind"] == "gmres"
-    tags = run.data.tags
-    assert tags["stage"] == "classify" and tags["instance"] == "mdeq-small" and tags["fingerprint"] == "f" * 8
-    assert tags["DVC_STAGE"] == "classify@mdeq-small" and "mlflow.source.git.commit" in tags
-    assert "DVC_EXP_NAME" not in tags and tags["machine.torch"]
-    assert [value.dataset.name for value in run.inputs.dataset_inputs] == ["cifar10"]
-    assert len(history(machine, tracker.run_id, "loss/train")) == 5
-    assert files(machine, tracker.run_id) == {"notes", "params.json"}
-
-
-def test_the_stages_of_an_experiment_lie_below_one_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DVC_STAGE", "classify@x")
-    monkeypatch.setenv("DVC_EXP_NAME", "wide-kiss")
-    parents = []
-    for stage, error in (("classify", None), ("evaluate", ValueError("no"))):
-        with contextlib.suppress(ValueError), tracking.start(stage, "x", None, machine) as tracker:
-            parents.append(stored(machine, tracker.run_id).data.tags["mlflow.parentRunId"])
-            tracking.open_store(machine)  # which closes the runs of processes that are gone
-            assert stored(machine, parents[-1]).info.status == "RUNNING"
-            if error:
-                raise error
-        assert stored(machine, parents[-1]).info.status == ("FAILED" if error else "FINISHED")
-    for accuracy in (40.0, 50.0):
-        with tracking.start("report", None, None, machine) as tracker:
-            tracker.metrics({"cifar10/x": accuracy}, 0)
-    assert tracker.run_id == parents[0] and stored(machine, parents[0]).data.metrics == {"cifar10/x": 50.0}
-    assert parents[0] == parents[1] and stored(machine, parents[0]).info.run_name == "pipeline wide-kiss"
-    monkeypatch.setenv("DVC_EXP_NAME", "tall-moss")
-    with tracking.start("classify", "x", None, machine) as tracker:
-        pass
-    assert stored(machine, tracker.run_id).data.tags["mlflow.parentRunId"] != parents[0]
-    monkeypatch.delenv("DVC_STAGE")
-    with tracking.start("classify", "x", None, machine) as tracker:
-        pass
-    assert "mlflow.parentRunId" not in stored(machine, tracker.run_id).data.tags
-
-
-def test_a_logged_model_predicts_from_files_wherever_it_is_loaded(machine: Machine, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    names = ["cat", "dog", "frog"]
-    architecture = Architecture(ResNetConfig(width=8), None, 3)
-    path = tmp_path / "classify" / "tiny" / "model.pt"
-    with tracking.start("classify", "tiny", None, machine) as tracker:
-        meta = {"stage": "classify", "model": "tiny", "names": names, "params": {}, "run_id": tracker.run_id}
-        save_model(path, architecture, architecture.build(), meta)
-        tracker.model(path, segments=False)
-    assert isinstance(tracker, MlflowTracker) and tracker.complete
-    assert tracking.register(machine, tracker.run_id, "things") == 1
-    assert tracking.register(machine, tracker.run_id, "things") == 2
-    photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])
-    code = (
-        "import sys, mlflow; mlflow.set_tracking_uri(sys.argv[1])\n"
-        "model = mlflow.pyfunc.load_model('models:/things/2')\n"
-        "import pipeline; assert '/code/pipeline/' in pipeline.__file__, pipeline.__file__\n"
-        "assert model.metadata.signature.inputs.input_names() == ['path'] and model.input_example is not None\n"
-        "print(model.predict([{'path': sys.argv[2]}]).to_json())"
+@pytest.fixture(scope="module")
+def server(
+    made_stores: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[int]:
+    """The port of an MLflow server."""
+    root, port = tmp_path_factory.mktemp("server"), free_port()
+    shutil.copy(made_stores[0], root)
+    words = f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1"
+    address = ["--backend-store-uri", f"sqlite:///{root}/mlflow.db"]
+    command = [sys.executable, *words.split(), *address]
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=CLEAN | store.ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    command = [sys.executable, "-c", code, machine.tracking_uri or "", str(tmp_path / "photo.png")]
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MDEQ_DEVICE": "cpu"}
-    done = subprocess.run(command, cwd=elsewhere, env=clean, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
-    best = (predictor := Predictor(path, machine)).best(predictor(photo).value)
-    assert answer["classes"]["0"] == [name for name, _ in best]
-    assert answer["probabilities"]["0"] == pytest.approx([p for _, p in best], abs=1e-5)
+    deadline = time.monotonic() + PATIENCE
+    while not answers(port) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    yield port
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def test_what_was_not_tracked_cannot_be_registered(machine: Machine) -> None:
-    for run_id in (None, "0" * 32):
-        with pytest.raises(tracking.StoreError, match="things: .*; run `python -m pipeline sync` first"):
-            tracking.register(machine, run_id, "things")
+class Proxy(socketserver.ThreadingTCPServer):
+    """Before a server; `open` lets connections pass, else they are taken and never answered."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, behind: int, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Pass)
+        self.behind, self.port = behind, self.server_address[1]
+        self.open = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
 
-def test_more_params_than_a_batch_takes(machine: Machine) -> None:
-    with tracking.start("benchmark", None, Many(values={f"k{i}": i for i in range(250)}), machine) as tracker:
+class _Pass(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.server.open.wait()  # type: ignore[attr-defined]
+        behind = self.server.behind  # type: ignore[attr-defined]
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", behind)) as other:
+            threading.Thread(target=_copy, args=(other, self.request), daemon=True).start()
+            _copy(self.request, other)
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while content := source.recv(65536):
+            target.sendall(content)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def client(machine: Machine) -> MlflowClient:
+    return MlflowClient(machine.tracking_uri)
+
+
+def runs(machine: Machine) -> dict[str, Run]:
+    """The runs of the machine's experiment by name, deleted ones too."""
+    own = client(machine)
+    experiment = own.get_experiment_by_name(machine.experiment)
+    if experiment is None:
+        return {}
+    found = own.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def history(machine: Machine, run: Run, name: str) -> list[tuple[int, float]]:
+    found = client(machine).get_metric_history(run.info.run_id, name)
+    return [(metric.step, metric.value) for metric in found]
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_bytes().splitlines()]
+
+
+def finished(machine: Machine, name: str = "x", stage: str = "classify") -> Path:
+    """A small finished run's file, with an artifact."""
+    out = Path("results", stage, name)
+    out.mkdir(parents=True)
+    with tracking.start(stage, name, {"a": {"b": [1, 2]}}, machine, out / "run.jsonl") as run:
+        run.dataset("cifar10", "0123456789abcdef" * 2, "data/cifar10")
+        for step in range(3):
+            run.metrics({"loss/train": 1 / (step + 1)}, step)
+        (out / "figures").mkdir()
+        (out / "figures" / "curves.svg").write_text("<svg/>")
+        run.artifact(out / "figures" / "curves.svg")
+    return out / "run.jsonl"
+
+
+# ------------------------------------------------------------------------------- the run file
+
+
+def test_the_file_has_all_of_a_run_with_tracking_off(folder: Path) -> None:
+    machine = Machine(folder)
+    with tracking.start("classify", "x", {"a": 1}, machine, Path("results/run.jsonl")) as run:
+        run.metrics({"loss": 0.5, "bad": float("nan"), "device": "cpu", "flag": True}, 3)
+        run.metrics({"bad": float("inf")}, 4)
+        run.tag("builds_on", "it's \x1b[31m ü")
+        run.dataset("cifar10", "0" * 32, "data", "evaluation")
+        run.artifact(Path("results/curves.png"))
+        run.model(Path("results/model.safetensors"))
+    header, *others, last = rows(Path("results/run.jsonl"))
+    assert (header["run"], header["stage"], header["instance"]) == (run.id, "classify", "x")
+    assert header["params"] == {"a": 1} and "machine.torch" in header["tags"]
+    for row in (*others, last):
+        row.pop("time", None)
+    assert others == [
+        {"metrics": {"loss": 0.5}, "step": 3},
+        {"tag": "builds_on", "value": "it's \x1b[31m ü"},
+        {"dataset": "cifar10", "digest": "0" * 32, "source": "data", "context": "evaluation"},
+        {"artifact": "curves.png"},
+        {"model": "model.safetensors"},
+    ]
+    assert last == {"status": "FINISHED"}
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_failed_run_says_so_and_an_interrupted_one_was_killed(
+    folder: Path, error: BaseException
+) -> None:
+    file = folder / "run.jsonl"
+    with contextlib.suppress(BaseException), tracking.start("a", None, None, Machine(folder), file):
+        raise error
+    status = "FAILED" if isinstance(error, Exception) else "KILLED"
+    assert rows(file)[-1]["status"] == status
+    assert rows(file)[-2]["value"].startswith(type(error).__name__)
+
+
+def test_a_resumed_run_continues_its_file_from_the_checkpoints_position(folder: Path) -> None:
+    machine, work, out = Machine(folder), folder / "work" / "run.jsonl", folder / "results"
+    with contextlib.suppress(RuntimeError):
+        with tracking.start("a", "x", None, machine, work, resume=True, results=out) as first:
+            first.metrics({"loss": 0.0}, 0)
+            position = first.position()
+            assert position == work.stat().st_size
+            first.metrics({"loss": 1.0}, 1)
+            raise RuntimeError("the power went")
+    assert not out.exists()
+    with work.open("ab") as file:
+        file.write(b'{"metrics": {"loss"')  # torn
+    with tracking.start("a", "x", {"b": 2}, machine, work, resume=True, results=out) as second:
+        second.cut(position)
+        second.metrics({"loss": 1.0}, 1)
+    assert second.id == first.id
+    header, *others = rows(out / "run.jsonl")
+    assert header["params"] is None
+    found = [row.get("step", row.get("status")) for row in others]
+    assert found == [0, 1, "FINISHED"]
+    with tracking.start("a", "x", None, machine, work, resume=True) as third:
+        third.cut(0)
+    assert [row.get("status") for row in rows(work)] == [None, "FINISHED"]
+    with tracking.start("a", "x", None, machine, work) as fresh:
         pass
-    run = stored(machine, tracker.run_id)
-    assert run.info.run_name == "benchmark" and len(run.data.params) == 250
+    assert fresh.id != third.id == first.id
 
 
-def test_more_metrics_than_a_batch_takes_arrive_in_batches(machine: Machine) -> None:
-    with tracking.start("classify", "x", None, machine) as tracker:
-        for step in range(1300):
-            tracker.metrics({"loss/train": step, "lr": 0.1}, step)
-    assert len(history(machine, tracker.run_id, "loss/train")) == 1300
+def test_a_file_linked_from_dvcs_cache_is_never_written_through(folder: Path) -> None:
+    cached, file = folder / "cached", folder / "results" / "run.jsonl"
+    for link in (os.link, os.symlink):
+        file.parent.mkdir(exist_ok=True)
+        cached.write_text("precious")
+        cached.chmod(0o444)
+        link(cached, file)
+        with tracking.start("a", None, None, Machine(folder), file):
+            pass
+        assert cached.read_text() == "precious" and len(rows(file)) == 2
+        file.unlink()
 
 
-def test_a_resumed_run_has_each_step_once_and_its_first_params(machine: Machine) -> None:
-    first = Many(values={"a": 1})
-    record = machine.root / "work" / "run"
-    with pytest.raises(RuntimeError), tracking.start("classify", "x", first, machine, record) as tracker:
-        for step in range(10):
-            tracker.metrics({"loss/train": step}, step)
-        raise RuntimeError("the power went")
-    assert stored(machine, tracker.run_id).info.status == "FAILED"
-    with tracking.start("classify", "x", Many(values={"a": 2}), machine, record) as resumed:
-        for step in range(5, 15):  # goes on from a checkpoint that is older than the last metric
-            resumed.metrics({"loss/train": step}, step)
-        resumed.metrics({"eval/top1": 0.5}, 7)
-    assert resumed.run_id == tracker.run_id
-    run = stored(machine, resumed.run_id)
-    assert run.info.status == "FINISHED" and run.data.params == {"values.a": "1"}
-    assert history(machine, resumed.run_id, "loss/train") == [(step, float(step)) for step in range(15)]
-    assert history(machine, resumed.run_id, "eval/top1") == [(7, 0.5)]
+def test_helper_processes_record_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with tracking.start("a", None, None, Machine(folder), folder / "run.jsonl") as run:
+        run.metrics({"loss": 1.0}, 0)
+        run.cut(run.position())
+    assert list(folder.iterdir()) == []
 
 
-def test_a_run_that_the_store_lost_is_begun_anew(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    record = machine.root / "run"
-    record.write_text("0" * 32)
-    with tracking.start("classify", "x", None, machine, record) as tracker:
-        tracker.metrics({"loss/train": 1.0}, 0)
-    assert capsys.readouterr().err == ""
-    assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0)]
+# ------------------------------------------------------------------------------- the upload
 
 
-def test_interrupted_runs_are_killed_not_failed(machine: Machine) -> None:
-    with pytest.raises(KeyboardInterrupt), tracking.start("classify", "x", None, machine) as tracker:
-        raise KeyboardInterrupt
-    assert stored(machine, tracker.run_id).info.status == "KILLED"
-
-
-def test_a_store_out_of_reach_is_told_once_and_stops_nothing(
-    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_two_stages_at_once_make_one_store_after_one_was_killed(
+    made_stores: tuple[Path, list[tuple[int, str]]],
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    machine = Machine(workspace, tracking_uri="http://me:secret@127.0.0.1:9")
-    with tracking.start("classify", "x", Many(values={"a": 1}), machine) as tracker:
-        for step in range(3000):
-            tracker.metrics({"loss/train": 1.0}, step)
-        tracker.artifact(workspace / "none.txt")
-        tracker.dataset("cifar10", "0", "data")
-        tracker.tag("a", "b")
-        tracker.flush()
-    said = capsys.readouterr().err
-    assert tracker.run_id and said.count("tracking: ") == said.count("\n") == 1
-    assert "pipeline sync` hands over what the store lacks" in said and "secret" not in said
+    path, ended = made_stores
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert ended[0] == ended[1] and not path.with_name("mlflow.db.new").exists()
 
 
-def test_a_store_that_comes_back_gets_what_it_missed(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tries, log_batch = [], MlflowClient.log_batch
-    monkeypatch.setattr(tracking, "SECONDS_A_RETRY", 0.01)
-
-    def away_at_first(*arguments: Any, **others: Any) -> None:
-        tries.append(1)
-        if len(tries) < 5:
-            raise ConnectionError("away")
-        log_batch(*arguments, **others)
-
-    monkeypatch.setattr(MlflowClient, "log_batch", away_at_first)
-    with tracking.start("classify", "x", None, machine) as tracker:
-        tracker.metrics({"loss/train": 1.0}, 0)
-        tracker.flush()
-        while len(tries) < 5:
-            time.sleep(0.001)
-        tracker.metrics({"loss/train": 2.0}, 1)
-        tracker.metrics({"loss/train": 9.0}, 1)  # each step once
-    assert "ConnectionError: away" in capsys.readouterr().err
-    assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0), (1, 2.0)]
-    assert stored(machine, tracker.run_id).info.status == "FINISHED"
-
-
-def test_a_file_that_is_not_there_leaves_the_run_whole(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    with tracking.start("classify", "x", None, machine) as tracker:
-        tracker.metrics({"loss/train": 1.0}, 0)
-        tracker.artifact(machine.root / "none.png")
-    assert "none.png" in capsys.readouterr().err
-    assert stored(machine, tracker.run_id).info.status == "FINISHED"
-    assert history(machine, tracker.run_id, "loss/train") == [(0, 1.0)]
-
-
-def test_tracking_can_be_switched_off_and_is_off_in_helper_processes(
+def test_a_stage_is_a_run_below_its_pipelines(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(tracking.start("classify", "x", None, Machine(machine.root)), NullTracker)
-    monkeypatch.setenv("MDEQ_TRACKING", "off")
-    assert Machine.from_environment("cpu").tracking_uri is None
-    monkeypatch.setenv("RANK", "1")
-    assert isinstance(tracking.start("classify", "x", None, machine), NullTracker)
-    with NullTracker() as tracker:
-        tracker.metrics({"loss/train": 1.0}, 0)
+    machine = Machine(machine.root, tracking_uri=machine.tracking_uri, experiment='it\'s "q" %')
+    monkeypatch.setenv("DVC_STAGE", "classify@x")
+    monkeypatch.setenv("DVC_EXP_NAME", "wide-kiss")
+    finished(machine)
+    found = runs(machine)
+    run, parent = found["classify/x"], found["pipeline wide-kiss"]
+    assert run.info.status == parent.info.status == "FINISHED"
+    assert run.data.params == {"a.b": "[1, 2]"}
+    tags = run.data.tags
+    assert tags["mlflow.parentRunId"] == parent.info.run_id
+    assert tags["DVC_STAGE"] == "classify@x" and tags["machine.torch"]
+    assert (tags["stage"], tags["instance"]) == ("classify", "x")
+    assert "mlflow.source.git.commit" in tags
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("cifar10", "0123456789abcdef" * 2)
+    assert history(machine, run, "loss/train") == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+    (artifact,) = client(machine).list_artifacts(run.info.run_id, "figures")
+    assert artifact.path == "figures/curves.svg"
+    with contextlib.suppress(ValueError):
+        file = Path("results/evaluate/run.jsonl")
+        with tracking.start("evaluate", None, None, machine, file):
+            raise ValueError("no")
+    monkeypatch.delenv("DVC_STAGE")
+    finished(machine, stage="finetune")
+    found = runs(machine)
+    assert found["evaluate"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert found["evaluate"].info.status == found[parent.info.run_name].info.status == "FAILED"
+    assert "mlflow.parentRunId" not in found["finetune/x"].data.tags
+    experiment = client(machine).get_experiment(run.info.experiment_id)
+    view = json.loads(experiment.tags["mlflow.sharedViewState.stages"])
+    state = json.loads(view["state"])
+    assert state["runsExpanded"] == {parent.info.run_id: True}
+    assert "metrics.`eval/top1`" in state["selectedColumns"]
 
 
-def test_the_runs_page_opens_on_the_columns_that_matter(machine: Machine) -> None:
-    """The tags by which MLflow 3.15 and later keep a saved view."""
-    client, experiment = tracking.open_store(machine)
-    tags = client.get_experiment(experiment).tags
-    view = json.loads(tags["mlflow.sharedViewState.results"])
-    assert view["name"] == "results" and isinstance(view["createdAt"], int)
-    assert "metrics.`eval/top1`" in json.loads(view["state"])["selectedColumns"]
-    assert tags["mlflow.experimentKind"] == "custom_model_development"
+def test_more_than_a_batch_takes_and_names_that_mlflow_refuses(machine: Machine) -> None:
+    params = {f"k{i}": i for i in range(250)} | {"a=b": 1, "long": "x" * 9000}
+    names = {"iou/caf\u00e9 (wall)": 1.0, "/a//../b": 2.0, "x" * 300: 3.0, "": 4.0, "a\nb": 5.0}
+    with tracking.start("a", None, params, machine, Path("run.jsonl")) as run:
+        for step in range(1300):
+            run.metrics({"loss/train": step, "lr": 0.1}, step)
+        run.metrics(names, 0)
+        run.tag("long \x1b", "y" * 20_000)
+    found = runs(machine)["a"]
+    assert found.info.status == "FINISHED" and len(found.data.params) == 252
+    assert len(found.data.metrics) == 2 + len(names)
+    assert history(machine, found, "loss/train") == [(step, float(step)) for step in range(1300)]
 
 
-def test_the_machines_load_is_recorded_and_goes_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    counts = [0]
-    while len(counts) < 3:
-        with tracking.start("classify", "x", None, machine, machine.root / "run") as tracker:
-            time.sleep(0.3)
-        steps = [step for step, _ in history(machine, tracker.run_id, "system/cpu_utilization_percentage")]
-        assert steps == list(range(len(steps))) and len(steps) > counts[-1]
-        counts.append(len(steps))
+STAGE = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from pipeline import tracking
+    from pipeline.machine import Machine
+    tracking.SECONDS_BETWEEN_UPLOADS = 0.1
+    machine = Machine(Path.cwd(), tracking_uri=sys.argv[1])
+    file = Path("results/a/x/run.jsonl")
+    with tracking.start("a", "x", None, machine, file, resume=True) as run:
+        for step in range(10):
+            run.metrics({"loss": step}, step)
+            if step == 4:
+                Path("position").write_text(str(run.position()))
+        print("recorded", flush=True)
+        time.sleep(600)
+"""
 
 
-def test_the_store_lies_in_the_main_checkout_during_queued_experiments(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+def killed_stage(machine: Machine, **environment: str) -> str:
+    """Runs STAGE until the store has its 10 steps, then kills it; the id of its MLflow run."""
+    process = python(STAGE, machine.tracking_uri or "", env=CLEAN | environment)
+    deadline = time.monotonic() + PATIENCE
+    found: list[tuple[int, float]] = []
+    while len(found) < 10 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        run = runs(machine).get("a/x")
+        found = history(machine, run, "loss") if run else []
+    assert tracking.store.running(Path("results/a/x/run.jsonl"))
+    assert list(tracking.sync(machine)) == []  # its own process uploads it
+    assert run is not None and runs(machine)["a/x"].info.status == "RUNNING"
+    process.kill()
+    process.communicate()
+    return run.info.run_id
+
+
+def test_a_run_that_was_killed_and_resumed_has_each_step_once(machine: Machine) -> None:
+    run_id, file = killed_stage(machine), Path("results/a/x/run.jsonl")
+    assert [what for _, what in tracking.sync(machine)] == ["uploaded"]
+    assert runs(machine)["a/x"].info.status == "KILLED"
+    with tracking.start("a", "x", None, machine, file, resume=True) as run:
+        run.cut(int(Path("position").read_text()))
+        for step in range(5, 15):
+            run.metrics({"loss": step}, step)
+    found = runs(machine)["a/x"]
+    assert (found.info.run_id, found.info.status) == (run_id, "FINISHED")
+    assert history(machine, found, "loss") == [(step, float(step)) for step in range(15)]
+    stored = [row["step"] for row in rows(file) if "loss" in row.get("metrics", {})]
+    assert stored == list(range(15))
+
+
+def test_a_killed_run_is_closed_by_the_next_stage_even_if_its_file_is_gone(
+    machine: Machine,
 ) -> None:
-    monkeypatch.setenv("DVC_ROOT", "/somewhere")
-    assert Machine.from_environment("cpu").tracking_uri == "sqlite:////somewhere/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert Machine.from_environment("cpu").tracking_uri == "http://mlflow:5000"
+    killed_stage(machine, DVC_STAGE="a@x", DVC_EXP_NAME="wide-kiss")
+    shutil.rmtree("results")  # as DVC removes the outputs of a stage that it runs again
+    finished(machine)
+    found = runs(machine)
+    assert found["a/x"].info.status == found["pipeline wide-kiss"].info.status == "KILLED"
+    assert found["classify/x"].info.status == "FINISHED"
+    assert not list(Path("work/runs").rglob("?" * 32))
 
 
-def test_two_stages_may_create_one_store_at_once_after_one_that_was_killed(
-    two_at_once: tuple[Path, list[tuple[int, str, str]]],
+def test_a_restored_run_is_uploaded_from_its_file_once(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (first, second) = two_at_once[1]
-    assert first[0] == second[0] == 0, (first, second)
-    assert first[1] == second[1]
+    monkeypatch.setenv("DVC_STAGE", "classify@x")
+    file = finished(Machine(machine.root))
+    monkeypatch.delenv("DVC_STAGE")
+    before = file.read_bytes()
+    assert list(tracking.sync(machine)) == [(file, "uploaded")]
+    run = runs(machine)["classify/x"]
+    header, last = rows(file)[0], rows(file)[-1]
+    assert (run.info.start_time, run.info.end_time) == (header["time"], last["time"])
+    assert run.info.status == "FINISHED" and len(history(machine, run, "loss/train")) == 3
+    parent = client(machine).get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.run_name.startswith("pipeline workspace ")
+    assert list(tracking.sync(machine)) == [] and file.read_bytes() == before
+    client(machine).delete_run(run.info.run_id)  # by its user
+    assert list(tracking.sync(machine)) == []
+    tracking.upload(file, machine)
+    assert runs(machine)["classify/x"].info.lifecycle_stage == "deleted"
 
 
-def test_flatten_names_nested_params() -> None:
-    nested = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None, "f": {}}
-    assert tracking.flatten(nested) == {"a.b": 1, "a.c.d": [1, 2], "e": None, "f": {}}
+def test_a_missing_artifact_is_named_and_all_else_arrives(machine: Machine) -> None:
+    file = finished(Machine(machine.root))
+    (file.parent / "figures" / "curves.svg").unlink()
+    with pytest.raises(UserError, match=r"curves\.svg: no such file.*`dvc checkout`"):
+        tracking.upload(file, machine)
+    run = runs(machine)["classify/x"]
+    assert run.info.status == "FINISHED" and len(history(machine, run, "loss/train")) == 3
+    (file.parent / "figures" / "curves.svg").write_text("<svg/>")
+    assert list(tracking.sync(machine)) == [(file, "uploaded")]
 
 
-def test_finite_keeps_numbers_alone() -> None:
-    values = {"eval/top1": 0.5, "n": 3, "bad": float("nan"), "device": "cpu", "flag": True}
-    assert tracking.finite(values) == {"eval/top1": 0.5, "n": 3.0}
+def test_the_machines_load_is_recorded_and_goes_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_LOADS", 0.05)
+    name, counts = "system/cpu_utilization_percentage", [0]
+    for _ in range(2):
+        with tracking.start("a", None, None, machine, Path("run.jsonl"), resume=True):
+            time.sleep(1.3)
+        counts.append(len(history(machine, runs(machine)["a"], name)))
+    assert 0 < counts[1] < counts[2]
+
+
+BROKEN = {
+    "empty": lambda lines: [],
+    "no header": lambda lines: lines[1:],
+    "binary": lambda lines: [b"\x00\xff\x1b[31m"],
+    "not an object": lambda lines: [lines[0], b"[]", *lines[1:]],
+    "cut inside": lambda lines: [*lines[:2], lines[2][:9], *lines[3:]],
+    "unknown": lambda lines: [lines[0], b'{"colour": 1}', *lines[1:]],
+    "text for a number": lambda lines: [lines[0], b'{"metrics":{"a":"b"},"step":1,"time":1}'],
+    "no step": lambda lines: [lines[0], b'{"metrics": {"a": 1}, "time": 1}'],
+    "status": lambda lines: [*lines[:-1], b'{"status": "DONE", "time": 1}'],
+    "outside": lambda lines: [*lines[:-1], b'{"artifact": "../../../secret"}', lines[-1]],
+    "absolute": lambda lines: [*lines[:-1], b'{"model": "/etc/passwd"}', lines[-1]],
+    "a quote as id": lambda lines: [lines[0].replace(b'"run": "', b'"run": "\' or \''), *lines[1:]],
+    "deep": lambda lines: [lines[0], b"[" * 100_000, lines[-1]],
+}
+
+
+def test_a_run_file_broken_by_hand_is_one_line_and_stops_no_other(machine: Machine) -> None:
+    off = Machine(machine.root)
+    good = finished(off, "good").read_bytes()
+    for number, change in enumerate(BROKEN.values()):
+        file = Path(f"results/classify/bad-{number}/run.jsonl")
+        file.parent.mkdir()
+        lines = good.replace(
+            rows(Path("results/classify/good/run.jsonl"))[0]["run"].encode(),
+            f"{number:032x}".encode(),
+        ).splitlines()
+        file.write_bytes(b"".join(line + b"\n" for line in change(lines)))
+        shutil.copytree("results/classify/good/figures", file.parent / "figures")
+    with pytest.raises(UserError) as caught:
+        assert [file.parent.name for file, _ in tracking.sync(machine)] == ["good"]
+    said = str(caught.value).splitlines()
+    assert len(said) == len(BROKEN)
+    for number in range(len(BROKEN)):
+        assert sum(f"bad-{number}/run.jsonl: damaged" in line for line in said) == 1
+    assert all("rerun its stage" in line and line.isprintable() for line in said)
+
+
+# ------------------------------------------------------------------------------- bad stores
+
+
+def refusing(code: int) -> Iterator[str]:
+    """The address of a server that answers every request with an error."""
+
+    class Refuse(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            answer = f"HTTP/1.1 {code} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            self.request.sendall(answer.encode())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as refuser:
+        threading.Thread(target=refuser.serve_forever, daemon=True).start()
+        yield f"http://me:s3cr3t@127.0.0.1:{refuser.server_address[1]}"
+        refuser.shutdown()
+
+
+def deleted_experiment(database: Path) -> None:
+    own = MlflowClient(f"sqlite:///{database}")
+    own.delete_experiment(own.create_experiment("mdeq"))
+
+
+def other_schema(database: Path) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("update alembic_version set version_num = '0123456789ab'")
+        connection.commit()
+
+
+def other_program(database: Path) -> None:
+    database.unlink()
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("create table precious (a)")
+        connection.commit()
+
+
+def folder_in_its_place(database: Path) -> None:
+    database.unlink()
+    database.mkdir()
+
+
+SPOILED = {
+    "garbage": (lambda path: path.write_bytes(b"garbage" * 999), "move it away"),
+    "a folder": (folder_in_its_place, "move it"),
+    "another program's": (other_program, "move it away"),
+    "another schema": (other_schema, "mlflow db upgrade"),
+    "a deleted experiment": (deleted_experiment, "experiments restore"),
+}
+ADDRESSES = {
+    "nobody there": ("http://me:s3cr3t@127.0.0.1:9/?token=s3cr3t", "does not answer"),
+    "no such host": ("http://me:s3cr3t@no-such-host.invalid", "does not answer"),
+    "missing driver": ("postgresql+pg8000://me:s3cr3t@127.0.0.1:9/a", "package"),
+    "unknown scheme": ("ftp://me:s3cr3t@127.0.0.1/a", "MLFLOW_TRACKING_URI"),
+    "no address": ("http://me:s3cr3t@:x", "MLFLOW_TRACKING_URI"),
+    "special characters": ("http://me:s3/cr3t@s3cr3t@127.0.0.1:9", ""),
+}
+
+
+def assert_file_waits(machine: Machine, cure: str, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A stage ends as ever, says one line; `sync` and `ui` say one line, too."""
+    capsys.readouterr()
+    file = finished(machine)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("tracking: "), said
+    for command in (lambda: list(tracking.sync(machine)), lambda: store.ui(machine, free_port())):
+        with pytest.raises(UserError) as caught:
+            command()
+        assert cure in str(caught.value) and "\n" not in str(caught.value)
+        said += str(caught.value)
+    assert cure in said and "python -m pipeline sync" in said
+    assert "s3cr3t" not in said + capsys.readouterr().err and "Traceback" not in said
+    assert [row["step"] for row in rows(file) if "loss/train" in row.get("metrics", {})] == [
+        0,
+        1,
+        2,
+    ]
+    return file
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_store_is_named_with_its_cure_and_the_file_waits(
+    machine: Machine, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database, (spoil, cure) = machine.root / "mlflow.db", SPOILED[kind]
+    kept = database.read_bytes()
+    spoil(database)
+    spoiled = None if database.is_dir() else database.read_bytes()
+    file = assert_file_waits(machine, cure, capsys)
+    if spoiled is not None:
+        assert database.read_bytes() == spoiled
+        database.unlink()
+    else:
+        database.rmdir()
+    for log in database.parent.glob("mlflow.db-*"):
+        log.unlink()
+    database.write_bytes(kept)
+    assert list(tracking.sync(machine)) == [(file, "uploaded")]
+    assert runs(machine)["classify/x"].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("kind", ADDRESSES)
+def test_an_address_without_a_store_is_named_and_no_password_with_it(
+    folder: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, cure = ADDRESSES[kind]
+    assert_file_waits(Machine(folder, tracking_uri=address), cure, capsys)
+
+
+@pytest.mark.parametrize(("code", "cure"), [(401, "PASSWORD"), (403, "PASSWORD"), (404, "")])
+def test_a_server_that_refuses(
+    folder: Path, code: int, cure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for address in refusing(code):
+        assert_file_waits(Machine(folder, tracking_uri=address), cure, capsys)
+
+
+def test_a_store_that_may_not_be_written(machine: Machine) -> None:
+    """In a process of another user, for whom root's files are read-only."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    code = """
+        import sys
+        from pathlib import Path
+        from pipeline import store
+        from pipeline.errors import UserError
+        from pipeline.machine import Machine
+        import mlflow, mlflow.store.tracking.sqlalchemy_store
+        import os
+        os.setuid(65534)
+        root = Path(sys.argv[1])
+        try:
+            with store.explained(machine := Machine(root, tracking_uri=f"sqlite:///{root}/mlflow.db")):
+                store.connect(machine)
+        except UserError as error:
+            print(error)
+    """
+    for path in (machine.root, *machine.root.parents):
+        if path.stat().st_mode & 0o005 != 0o005 and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o005)
+    process = python(code, str(machine.root), cwd="/")
+    said, errors = process.communicate(timeout=PATIENCE)
+    assert "cannot be written; give this user write access" in said, errors
+    assert said.count("\n") == 1 and not errors
+
+
+def test_a_locked_store_stops_nothing_and_gets_the_run_later(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_AT_START", 0.2)
+    monkeypatch.setattr(tracking, "SECONDS_AT_END", 0.2)
+    writer = sqlite3.connect(machine.root / "mlflow.db", isolation_level=None)
+    writer.execute("begin exclusive")
+    file = finished(machine)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "python -m pipeline sync" in said
+    writer.execute("rollback")
+    writer.close()
+    deadline = time.monotonic() + PATIENCE
+    while "classify/x" not in runs(machine) and time.monotonic() < deadline:
+        list(tracking.sync(machine))
+    assert list(tracking.sync(machine)) == [] or list(tracking.sync(machine)) == []
+    assert runs(machine)["classify/x"].info.status == "FINISHED" and file.exists()
+
+
+def test_a_server_that_is_silent_then_answers(
+    server: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither start nor end of a stage waits longer than allowed; what is missing follows."""
+    monkeypatch.setattr(tracking, "SECONDS_AT_START", 0.2)
+    monkeypatch.setattr(tracking, "SECONDS_AT_END", 0.2)
+    monkeypatch.setitem(store.ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    proxy = Proxy(server)
+    machine = Machine(folder, tracking_uri=f"http://127.0.0.1:{proxy.port}", experiment="silent")
+    file = finished(machine)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "python -m pipeline sync" in said
+    with pytest.raises(UserError, match="does not answer"):
+        list(tracking.sync(machine))
+    proxy.open.set()
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        list(tracking.sync(machine))
+        if runs(machine)["classify/x"].info.status == "FINISHED":
+            break
+    assert len(history(machine, runs(machine)["classify/x"], "loss/train")) == 3
+    assert list(tracking.sync(machine)) == [] and file.exists()
+    proxy.shutdown()
+
+
+def test_a_server_that_is_absent_then_there_gets_all_while_the_stage_runs(
+    server: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    machine = Machine(folder, tracking_uri=f"http://127.0.0.1:{port}", experiment="absent")
+    with tracking.start("a", None, None, machine, Path("run.jsonl")) as run:
+        for step in range(5):
+            run.metrics({"loss": step}, step)
+        proxy = Proxy(server, port)
+        proxy.open.set()
+        deadline = time.monotonic() + PATIENCE
+        while not history_if_there(machine) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert runs(machine)["a"].info.status == "RUNNING"
+        run.metrics({"loss": 5}, 5)
+    assert capsys.readouterr().err.count("\n") == 1
+    found = runs(machine)["a"]
+    assert found.info.status == "FINISHED"
+    assert history(machine, found, "loss") == [(step, float(step)) for step in range(6)]
+    proxy.shutdown()
+
+
+def history_if_there(machine: Machine) -> list[tuple[int, float]]:
+    run = runs(machine).get("a")
+    return history(machine, run, "loss") if run else []
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "a%20b", "a b&c=d", "it's", "ü;"])
+def test_a_clone_may_lie_anywhere(
+    made_stores: tuple[Path, object], folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, database = folder / name, f"{folder.name}.db"  # MLflow caches relative addresses
+    root.mkdir()
+    monkeypatch.chdir(root)
+    shutil.copy(made_stores[0], root / database)
+    own = Machine.from_environment(device="cpu").tracking_uri or ""
+    assert own.endswith("/mlflow.db")
+    machine = Machine(root, tracking_uri=own.removesuffix("mlflow.db") + database)
+    file = finished(machine)
+    stored = MlflowClient(f"sqlite:///{database}")
+    (run,) = stored.search_runs([stored.get_experiment_by_name("mdeq").experiment_id])
+    assert run.info.status == "FINISHED" and stored.list_artifacts(run.info.run_id, "figures")
+    assert (root / "mlartifacts").is_dir() and file.exists()
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_relative_address_means_the_repository_in_a_queued_experiment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = folder / ".dvc" / "tmp" / "exps" / "tmp1"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    machine = Machine.from_environment(device="cpu")
+    assert store._database(machine) == folder / "runs.db"
+
+
+def test_secrets_leave_an_address() -> None:
+    for secret in ("p@ss/w:rd", "a b", "%41?x#y", "'\""):
+        for address in (
+            f"http://me:{secret.replace(' ', '%20')}@host/a",
+            "http://h/?token=a%20b&x=p@ss/w:rd",
+        ):
+            said = store.masked(f"cannot reach {address} ({address}): no")
+            assert secret.replace(" ", "%20") not in said and "cannot reach http://" in said
+
+
+# ------------------------------------------------------------------------------- what people see
+
+
+def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
+    machine: Machine, tmp_path: Path
+) -> None:
+    import cv2
+    import numpy as np
+    import torch
+
+    from mdeq.baselines import ResNetConfig
+    from mdeq.saved import Architecture
+    from pipeline.predict import Predictor
+    from pipeline.train.checkpoints import save_model
+
+    torch.manual_seed(0)
+    path = Path("results/classify/tiny.1/model.safetensors")
+    architecture = Architecture(ResNetConfig(width=8), None, 3)
+    facts = {"stage": "classify", "model": "tiny.1", "dataset": "cifar10", "params": {}}
+    facts |= {"names": ["cat", "dog", "frog"]}
+    with tracking.start("classify", "tiny.1", None, machine, path.with_name("run.jsonl")) as run:
+        save_model(path, architecture.build(), architecture, facts)
+        run.model(path)
+    found = runs(machine)["classify/tiny.1"]
+    (output,) = found.outputs.model_outputs
+    logged = client(machine).get_logged_model(output.model_id)
+    assert (logged.name, logged.status) == ("classify-tiny-1", "READY")
+    saved = {
+        entry.name
+        for entry in Path(logged.artifact_location.removeprefix("file://"), "data").iterdir()
+    }
+    assert saved == {"model.safetensors"}
+    photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    content = cv2.imencode(".png", photo)[1].tobytes()
+    Path("photo.png").write_bytes(content)
+    code = """
+        import base64, json, sys, mlflow
+        from fastapi.testclient import TestClient
+        from mlflow.pyfunc.scoring_server import init
+        mlflow.set_tracking_uri(sys.argv[1])
+        model = mlflow.pyfunc.load_model(sys.argv[3])
+        import pipeline
+        assert "/code/pipeline/" in pipeline.__file__, pipeline.__file__
+        content = open(sys.argv[2], "rb").read()
+        print(model.predict([{"picture": content}]).to_json())
+        record = {"picture": base64.b64encode(content).decode()}
+        request = {"dataframe_records": [record]}
+        answer = TestClient(init(model)).post("/invocations", json=request)
+        print(answer.text)
+    """
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    clean = {k: v for k, v in CLEAN.items() if k != "PYTHONPATH"} | {"MDEQ_DEVICE": "cpu"}
+    arguments = (machine.tracking_uri or "", str(Path("photo.png").absolute()), logged.model_uri)
+    process = python(code, *arguments, cwd=elsewhere, env=clean)
+    said, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    direct, served = map(json.loads, said.splitlines()[-2:])
+    predictor = Predictor(path, machine)
+    best = predictor.best(predictor(photo[..., ::-1]).shares)
+    assert direct["classes"]["0"] == served["predictions"][0]["classes"] == list(best)
+    for shares in (direct["shares"]["0"], served["predictions"][0]["shares"]):
+        assert shares == pytest.approx(list(best.values()), abs=1e-5)
+    assert base64.b64decode(base64.b64encode(content)) == content
+
+
+UI = """
+    import signal, sys
+    from pathlib import Path
+    from pipeline import store
+    from pipeline.machine import Machine
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(store.ui(Machine(Path.cwd(), tracking_uri=sys.argv[1]), int(sys.argv[2])))
+"""
+
+
+def test_ui_serves_until_it_is_ended_and_leaves_nothing_behind(machine: Machine) -> None:
+    port = free_port()
+    process = python(UI, machine.tracking_uri or "", str(port), start_new_session=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith(f"MLflow: http://127.0.0.1:{port}/#/experiments/") and answers(port)
+    with pytest.raises(UserError, match=f"port {port}: cannot be used .*--port"):
+        store.ui(machine, port)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143 and not answers(port)
+
+
+def test_ui_of_a_servers_store_names_the_servers_own_page(
+    server: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = f"http://me:s3cr3t@127.0.0.1:{server}"
+    assert store.ui(Machine(folder, tracking_uri=address), 1) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"MLflow: http://127.0.0.1:{server}/#/experiments/")
+    assert "s3cr3t" not in said.out + said.err
