@@ -185,10 +185,10 @@ def clips(sources: Sequence[Path], video: bool) -> list[Clip]:
     """
     found = []
     for source in sources:
-        if source.is_dir():
+        if os.path.isdir(source):  # unlike Path.is_dir, of any name
             paths = pictures(source)
             groups = [(source, paths)] if video else [(path, [path]) for path in paths]
-        elif not source.exists():
+        elif not os.path.exists(source):
             raise UserError(f"{source}: no such file or folder")
         elif source.suffix.lower() in VIDEOS:
             found.append(_video(source))
@@ -225,6 +225,7 @@ def _read(paths: list[Path]) -> Frames:
 def _video(path: Path) -> Clip:
     """A video, opened by number: OpenCV crashes on names that are not UTF-8 and waits for FIFOs."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # `_film` reports what cannot be read
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:

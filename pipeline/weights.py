@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mdeq import published, saved
 from mdeq.saved import Architecture
-from pipeline import files
+from pipeline import files, settings
 from pipeline.data import cifar10, cityscapes
 from pipeline.data.loading import BatchDataset
 from pipeline.data.manifest import read_summary
@@ -157,7 +157,7 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
     split = evaluation_data(dataset, own, machine, limit)
     if architecture.classes != split.classes:
         raise UserError(
-            f"{path}: trained for {architecture.classes} classes, but the data have {split.classes}; "
+            f"{path}: trained for {architecture.classes} classes, the data have {split.classes}; "
             f"train it again: `python -m pipeline {SETS[dataset].stage} {model}`"
         )
     summary = read_summary(dataset)
@@ -174,7 +174,7 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
 
 
 def _name(model: str, path: Path) -> str:
-    """What results are called; that of a file named by its path has its digest, to be like no other."""
+    """What results are called: of a file named by its path, with its digest, like no other."""
     if path == ZOO / f"{model}.safetensors" or path.parts[-2:] == (model, MODEL):
         return model
     return f"{path.stem}-{files.file_digest(path)[:8]}"
@@ -218,7 +218,7 @@ def import_weights(
 
 
 def _opened(file: Path) -> dict[str, Any]:
-    """The dictionary of a torch file, in which nothing but tensors and plain values is unpickled."""
+    """The dictionary in a torch file, of which only tensors and plain values are unpickled."""
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such file")
     try:
@@ -303,6 +303,10 @@ def publish(stage: str, model: str, name: str, folder: Path = ZOO) -> Path:
     """
     dataset = BY_STAGE[stage].name
     trained, evaluated = RESULTS / stage / model, RESULTS / "evaluate" / f"{dataset}-{model}"
+    try:
+        settings.name(name)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
     targets = [folder / f"{name}{end}" for end in (".json", ".csv", ".safetensors")]
     for target in targets:
         if os.path.lexists(target):

@@ -1,183 +1,342 @@
-"""Photos, folders and videos through tiny models: what is answered, drawn, counted and refused."""
+"""Photos, folders and videos through tiny models: what is said, written and refused."""
 
 from __future__ import annotations
 
+import csv
+import importlib.util
+import io
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from mdeq import Broyden, ClassificationHeadConfig, FixedPoint, MDEQConfig, SegmentationHeadConfig
 from mdeq.baselines import ResNetConfig
-from pipeline import figures, predict
-from pipeline.checkpoints import Architecture, save_model
-from pipeline.cli import app
+from mdeq.saved import Architecture
+from pipeline import predict
 from pipeline.data import cityscapes
-from pipeline.data.manifest import DataError
-from pipeline.inference import Predictor
+from pipeline.errors import UserError
 from pipeline.machine import Machine
+from pipeline.predict import Predictor
+from pipeline.train.checkpoints import save_model
 
 NAMES = ["cat", "dog", "horse", "ship", "frog", "truck"]
-SOLVER = Broyden(steps=30, tolerance=1e-3)
+STREETS = Architecture(
+    MDEQConfig((8,), expansion=1, groups=2, downsamplings=2),
+    SegmentationHeadConfig(),
+    19,
+    FixedPoint(steps=100, tolerance=1e-3),
+)
+THINGS = Architecture(
+    MDEQConfig((8, 8), expansion=1, groups=2),
+    ClassificationHeadConfig((2, 2), 8),
+    len(NAMES),
+    Broyden(steps=30, tolerance=1e-3),
+)
 
 
 @pytest.fixture
-def streets(tmp_path: Path) -> Path:
-    """A model that segments, of random weights under a strong injection, so that its equilibria are easily found."""
-    config = MDEQConfig((8,), expansion=1, groups=2, downsamplings=2)
-    architecture = Architecture(config, SegmentationHeadConfig(), 19, FixedPoint(steps=100, tolerance=1e-3))
-    return saved(tmp_path, "finetune", architecture, list(cityscapes.class_names()), {"test_size": None})
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.fixture
-def things(tmp_path: Path) -> Path:
-    """A model that classifies pictures of 16 x 16 pixels, of random weights."""
-    head = ClassificationHeadConfig(channels=(2, 2), final_channels=8)
-    architecture = Architecture(MDEQConfig((8, 8), expansion=1, groups=2), head, len(NAMES), SOLVER)
-    return saved(tmp_path, "pretrain", architecture, NAMES, {"image": 16})
-
-
-def saved(folder: Path, stage: str, architecture: Architecture, names: list[str], params: dict) -> Path:
+def predictor(architecture: Architecture, facts: dict[str, Any], **options: Any) -> Predictor:
+    """A model of random weights under a strong injection: its equilibria are easily found."""
     torch.manual_seed(0)
-    path, network = folder / f"{stage}.pt", architecture.build()
+    network = architecture.build()
     for name, weight in network.named_parameters():
         if name == "backbone.stem.4.weight":
             weight.data.mul_(1e6)
-    save_model(path, architecture, network, {"stage": stage, "names": names, "params": params})
-    return path
+    save_model(Path("model.safetensors"), network, architecture, facts)
+    return Predictor(Path("model.safetensors"), Machine(Path.cwd()), **options)
+
+
+def streets(**options: Any) -> Predictor:
+    names = list(cityscapes.class_names())
+    facts = {"dataset": "cityscapes", "names": names, "params": {"test_size": None}}
+    return predictor(STREETS, facts, **options)
+
+
+def things(**facts: Any) -> Predictor:
+    known = {"dataset": "imagenet", "names": NAMES, "params": {"image": 16}}
+    return predictor(THINGS, known | facts)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["predict", *map(str, arguments), "--device", "cpu"])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
+def write(path: Path | bytes, picture: np.ndarray, kind: str = ".png") -> None:
+    with open(path, "wb") as file:
+        file.write(cv2.imencode(kind, picture[..., ::-1])[1].tobytes())
 
 
-def test_a_standing_video_is_solved_once_and_answered_as_from_zero(workspace: Path, streets: Path) -> None:
-    for number in range(3):
-        (workspace / "frames").mkdir(exist_ok=True)
-        cv2.imwrite(f"frames/a_{number:06}_leftImg8bit.png", noise(24, 32)[..., ::-1])
-    own = Predictor(streets, Machine(workspace))(noise(24, 32)).value
-    (workspace / "labels" / "a").mkdir(parents=True)
-    for number in range(2):
-        cv2.imwrite(f"labels/a/a_{number:06}_gtFine_labelIds.png", cityscapes.label_ids()[own])
-    code, said, _ = invoke(streets, "frames", "--video", "--compare", "--labels", "labels", "--out", "out")
-    figures = json.loads(Path("out/predictions.json").read_text())["clips"]["frames"]
-    assert code == 0 and figures["frames"] == 3 and figures["before"]["evaluations"] == 1
-    assert figures["first"]["evaluations"] == figures["zero"]["evaluations"] > 2 and figures["differing"] == 0
-    assert all(figures[start]["miou"] == pytest.approx(100) for start in ("first", "zero", "before"))
-    assert "1.0 evaluations of f from the frame before (100 % reach the tolerance), mIoU 100.00 %" in said
-    drawn = cv2.imread("out/frames/a_000002_leftImg8bit_labels.png")[..., ::-1]
-    assert np.array_equal(drawn, cityscapes.colours()[own])
-    film = cv2.VideoCapture("out/frames/video.mp4")
-    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.read()[1].shape == (24, 32, 3)
+def read(path: str | Path) -> np.ndarray:
+    return cv2.imread(str(path))[..., ::-1]
 
 
-def test_a_strip_shows_frames_evenly_in_their_order(
-    workspace: Path, streets: Path, things: Path, monkeypatch: pytest.MonkeyPatch
+def test_it_says_what_it_sees(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As lines, JSON and CSV: the classes with the largest softmax of the model's own logits."""
+    model = things(source="generated")
+    write(Path("cat.png"), noise(16, 16))
+    write(Path("a dog.png"), noise(30, 20, 1))
+    with torch.no_grad():
+        shares = model.network(model.image(noise(16, 16))).logits[0].softmax(0)
+    best = {NAMES[i]: float(shares[i]) for i in shares.argsort(descending=True)}
+    predict.run(model, [Path("cat.png"), Path("a dog.png")])
+    said = capsys.readouterr()
+    (first, second), top = said.out.splitlines(), list(best.items())[:3]
+    assert first == "cat.png    " + "  ".join(f"{name} {100 * share:.0f} %" for name, share in top)
+    assert second.startswith("a dog.png  ")
+    assert said.err == "note: this model was trained on generated pictures, not on photos\n"
+    predict.run(model, [Path("cat.png")], form="json")
+    [found] = json.loads(capsys.readouterr().out)
+    assert found["path"] == "cat.png" and found["evaluations"] > 1 and 0 < found["residual"] < 1
+    assert found["classes"] == pytest.approx(dict(list(best.items())[:5]), rel=1e-5)
+    predict.run(model, [Path("cat.png")], form="csv")
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["class"] for row in rows] == list(best)[:5]
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(sum(found["classes"].values()))
+    assert sorted(path.name for path in here.iterdir()) == [
+        "a dog.png",
+        "cat.png",
+        "model.safetensors",
+    ]
+
+
+def test_a_photo_is_seen_as_the_evaluation_split_is(
+    here: Path,
 ) -> None:
+    """CIFAR-10's pictures are 32 x 32; a photo is cut to that form from its middle."""
+    explicit = predictor(
+        Architecture(ResNetConfig(width=8), None, 6),
+        {"dataset": "cifar10", "names": NAMES, "params": {}},
+    )
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255
+    image = explicit.image(wide)
+    assert image.shape == (1, 3, 32, 32)
+    white = (1 - torch.tensor(explicit.dataset.mean)) / torch.tensor(explicit.dataset.std)
+    assert torch.allclose(image[0], white[:, None, None].expand(3, 32, 32), atol=1e-5)
+    assert explicit(wide).solution is None
+
+
+def test_street_scenes_are_drawn_under_names_of_their_own(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [
+        Path(name) for name in ("a.png", "a_labels.png", "a.labels.png", "a.jpg", "other/a.png")
+    ]
+    model = streets()
+    Path("other").mkdir()
+    sources = [
+        Path(name) for name in ("a.png", "a_labels.png", "a.labels.png", "a.jpg", "other/a.png")
+    ]
+    for seed, path in enumerate(sources):
+        write(path, noise(24, 32, seed), path.suffix)
+    before = {path: path.read_bytes() for path in sources}
+    predict.run(model, sources, form="json")
+    found = json.loads(capsys.readouterr().out)
+    files = [name for frame in found for name in frame["files"]]
+    assert len(set(files)) == 2 * len(sources) == len(list(Path("predictions/1").iterdir()))
+    assert {path: path.read_bytes() for path in sources} == before
+    for source, frame in zip(sources, found, strict=True):
+        labels = model(read(source)).labels
+        assert np.array_equal(read(frame["files"][0]), cityscapes.colours()[labels])
+        assert np.array_equal(read(frame["files"][1]), cityscapes.overlay(read(source), labels))
+        counts = np.bincount(labels.ravel(), minlength=19) / labels.size
+        best = cityscapes.class_names()[int(counts.argmax())]
+        assert frame["classes"][best] == pytest.approx(counts.max())
+    predict.run(model, [Path("a.png")])
+    assert Path("predictions/2").is_dir()
+
+
+def test_nothing_is_written_where_something_is(here: Path) -> None:
+    model = streets()
+    photos = Path("photos")
+    photos.mkdir()
+    write(photos / "a.png", noise(24, 32))
+    Path("empty").mkdir()
+    Path("file").write_text("mine")
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nowhere")
+    before = sorted(here.rglob("*"))
+    content = (photos / "a.png").read_bytes()
+    for out in (".", "photos", "photos/a.png", "empty", "file", "loop", "dangling", "file/x"):
+        with pytest.raises(UserError) as error:
+            predict.run(model, [photos / "a.png"], Path(out))
+        assert out in str(error.value) and "\n" not in str(error.value)
+    assert sorted(here.rglob("*")) == before and (photos / "a.png").read_bytes() == content
+    with pytest.raises(UserError, match="this model classifies"):
+        predict.run(things(), [photos / "a.png"], Path("new"))
+
+
+def test_a_standing_video_is_solved_once_and_answered_as_from_zero(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = streets()
     Path("frames").mkdir()
-    predictor, drawn = Predictor(streets, Machine(workspace)), []
-    with pytest.raises(DataError, match="no picture in it"):
-        predict.strip(predictor, Path("frames"), 2, Path("strip.png"))
     for number in range(3):
-        cv2.imwrite(f"frames/{number:03}.png", noise(24, 32, number)[..., ::-1])
-    original = figures.strip
-    monkeypatch.setattr(figures, "strip", lambda *arguments: drawn.append(arguments) or original(*arguments))
-    predict.strip(predictor, Path("frames"), 2, Path("strip.png"))
-    ((shown, predictions, _, _),) = drawn
-    assert Path("strip.png").stat().st_size > 1000
-    for seed, frame, prediction in zip((0, 2), shown, predictions, strict=True):
-        assert np.array_equal(frame, noise(24, 32, seed))
-        pixels = (frame / 255 - np.array(cityscapes.MEAN)) / np.array(cityscapes.STD)
-        with torch.no_grad():
-            logits = predictor.network(torch.from_numpy(pixels).float().permute(2, 0, 1)[None]).logits
-        large = torch.nn.functional.interpolate(logits, (24, 32), mode="bilinear", align_corners=True)
-        assert np.mean(large[0].argmax(0).numpy() == prediction) > 0.99
-    cv2.imwrite("frames/999.png", noise(8, 32))
-    with pytest.raises(DataError, match="999.png: of another size"):
-        predict.strip(predictor, Path("frames"), 2, Path("strip.png"))
-    with pytest.raises(DataError, match="does not segment"):
-        predict.strip(Predictor(things, Machine(workspace)), Path("frames"), 2, Path("strip.png"))
+        write(Path(f"frames/a_{number:06}_leftImg8bit.png"), noise(24, 32))
+    own = model(noise(24, 32)).labels
+    Path("labels/a").mkdir(parents=True)
+    for number in range(2):
+        truth = cityscapes.label_ids()[own]
+        cv2.imwrite(f"labels/a/a_{number:06}_gtFine_labelIds.png", truth)
+    arguments = ([Path("frames")], Path("out"))
+    predict.run(model, *arguments, video=True, labels=Path("labels"), form="json")
+    said = capsys.readouterr()
+    first, *later = json.loads(said.out)
+    assert first["evaluations"] > 2 and [frame["evaluations"] for frame in later] == [1, 1]
+    assert "out: pictures of 3 scenes; mIoU 100.00 %" in said.err
+    for frame in (first, *later):
+        assert np.array_equal(read(frame["files"][0]), cityscapes.colours()[own])
+    film = cv2.VideoCapture("out/0001-a_000000_leftImg8bit.mp4")
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.read()[1].shape == (24, 32, 3)
+    assert len(list(Path("out").iterdir())) == 4
 
 
-def test_photos_know_nothing_of_each_other(workspace: Path, streets: Path) -> None:
+def test_photos_know_nothing_of_each_other(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = streets(height=12)
+    Path("folder").mkdir()
     for seed in range(2):
-        cv2.imwrite(f"{seed}.png", noise(24, 32, seed)[..., ::-1])
-    assert invoke(streets, "1.png", "0.png", "--height", 12, "--out", "out")[0] == 0
-    for seed in range(2):
-        alone = Predictor(streets, Machine(workspace), height=12)(noise(24, 32, seed)).value
+        write(Path(f"folder/{seed}.png"), noise(24, 32, seed))
+    write(Path("folder/._0.png"), noise(8, 8))  # hidden
+    predict.run(model, [Path("folder")], form="json")
+    found = json.loads(capsys.readouterr().out)
+    assert [frame["path"] for frame in found] == ["folder/0.png", "folder/1.png"]
+    for seed, frame in enumerate(found):
+        alone = model(noise(24, 32, seed)).labels
         assert alone.shape == (24, 32)
-        drawn = cv2.imread(f"out/photos/{seed}_labels.png")[..., ::-1]
-        assert np.array_equal(drawn, cityscapes.colours()[alone])
+        assert np.array_equal(read(frame["files"][0]), cityscapes.colours()[alone])
 
 
-def test_a_video_file_is_classified_frame_by_frame(workspace: Path, things: Path) -> None:
-    writer = cv2.VideoWriter("film.mp4", predict.CODE, 10.0, (64, 48))
-    for seed in range(4):
+def film(path: str, frames: int = 4) -> None:
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
+    for seed in range(frames):
         writer.write(np.full((48, 64, 3), 60 * seed, np.uint8))
     writer.release()
-    assert invoke(things, "film.mp4", "--out", "out")[0] == 0
-    record = json.loads(Path("out/predictions.json").read_text())
-    assert record["clips"]["film"]["frames"] == 4 and "zero" not in record["clips"]["film"]
-    assert list(record["answers"]) == [f"film/film_{number:06}" for number in range(4)]
-    for best in record["answers"].values():
-        assert len(best) == 5 and set(best) < set(NAMES) and sorted(best.values(), reverse=True) == [*best.values()]
-    shown = cv2.VideoCapture("out/film/video.mp4")
+
+
+def test_a_video_is_one_line_and_scripts_get_its_frames(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film("drive.mp4")
+    model = things()
+    predict.run(model, [Path("drive.mp4")], form="json")
+    found = json.loads(capsys.readouterr().out)
+    assert [frame["path"] for frame in found] == [f"drive.mp4#{number}" for number in range(1, 5)]
+    predict.run(model, [Path("drive.mp4")])
+    (line,) = capsys.readouterr().out.splitlines()
+    means = pd.DataFrame([frame["classes"] for frame in found]).mean()
+    assert line.startswith(f"drive.mp4  {means.idxmax()} {100 * means.max():.0f} %")
+    predict.run(streets(), [Path("drive.mp4")], Path("out"))
+    shown = cv2.VideoCapture("out/0001-drive.mp4")
     assert shown.get(cv2.CAP_PROP_FPS) == 10 and shown.get(cv2.CAP_PROP_FRAME_COUNT) == 4
 
 
-def test_bars_are_as_long_as_their_probabilities() -> None:
-    sheet = predict.bars(noise(30, 40), [("cat", 0.75), ("dog", 0.25)])
-    assert sheet.shape == (360 + 2 * 30 + 10, 480, 3)
-    green = (sheet[360:] == (134, 205, 174)).all(2)
-    for row, share in ((10, 0.75), (40, 0.25)):
-        assert green[row].sum() == pytest.approx(share * 464, abs=2)
+def test_names_of_any_characters(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Raw bytes reach OpenCV nowhere and the terminal nowhere; JSON has the very name."""
+    model = streets()
+    names = [
+        b"caf\xe9.png",
+        b"a\nb.png",
+        b"\x1b[31mred.png",
+        b"-",
+        b"x" * 251 + b".png",
+        b"f\xff.mp4",
+    ]
+    film("film.mp4")
+    os.rename(b"film.mp4", names[-1])
+    for name in names[:-1]:
+        write(os.fsencode(here) + b"/" + name, noise(24, 32))
+    predict.run(model, [Path(os.fsdecode(name)) for name in names], Path("out"), form="json")
+    found = json.loads(capsys.readouterr().out)
+    assert [os.fsencode(frame["path"]) for frame in found][:5] == names[:5]
+    assert all(Path(name).is_file() for frame in found for name in frame["files"])
+    for form in ("lines", "csv"):
+        predict.run(model, [Path(os.fsdecode(name)) for name in names], form=form)
+        said = capsys.readouterr().out
+        assert "\x1b" not in said and r"a\nb.png" in said
+        said.encode()
 
 
-def test_an_explicit_model_answers_without_a_solve(workspace: Path) -> None:
-    explicit = saved(workspace, "classify", Architecture(ResNetConfig(width=8), None, 6), NAMES, {})
-    cv2.imwrite("a.png", noise(50, 40)[..., ::-1])
-    code, said, _ = invoke(explicit, "a.png", "--out", "out")
-    assert code == 0 and said.splitlines()[0] == "photos: 1 picture"
-    (film,) = predict.clips([Path("a.png").parent], video=True)
-    answered = predict._answered(Predictor(explicit, Machine(workspace)), film, compare=True)
-    assert [list(answers) for _, _, answers in answered] == [["zero"]]
+def png_header(side: int) -> bytes:
+    """A PNG that says it has side x side pixels, and has none."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body
+    return head + struct.pack(">I", zlib.crc32(body)) + b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def test_a_state_of_another_size_is_refused(workspace: Path, streets: Path) -> None:
-    predictor = Predictor(streets, Machine(workspace))
-    solved = predictor(noise(24, 32)).solution
-    assert solved is not None
-    with pytest.raises(ValueError, match=r"z0: a state of these images has the shape \(1, 256\), not \(1, 384\)"):
-        predictor(noise(16, 32), solved.value)
-
-
-def test_what_cannot_be_predicted_is_one_line(workspace: Path, streets: Path, things: Path) -> None:
+def test_what_cannot_be_predicted_is_one_line(here: Path) -> None:
+    model = things()
     Path("text.png").write_text("no picture")
     Path("text.mp4").write_text("no video")
+    Path("nothing.png").touch()
+    Path("huge.png").write_bytes(png_header(60_000))
+    os.mkfifo("pipe.png")
+    os.mkfifo("pipe.mp4")
+    Path("loop.png").symlink_to("loop.png")
+    Path("dangling.mp4").symlink_to("nowhere")
     Path("empty").mkdir()
     Path("mixed").mkdir()
-    cv2.imwrite("mixed/a.png", noise(16, 16))
-    cv2.imwrite("mixed/b.png", noise(24, 16))
-    save_model(Path("nameless.pt"), Architecture(ResNetConfig(width=8), None, 6), torch.nn.Linear(1, 1), {})
-    for arguments, message in (
-        ((streets, "text.png"), "text.png: not a readable picture"),
-        ((streets, "text.mp4"), "text.mp4: not a readable video"),
-        ((streets, "none.png"), "none.png: no such file or folder"),
-        ((streets, "empty"), "empty: no picture in it"),
-        ((streets, "mixed", "--video"), "mixed: b has another size than the frames before it; leave out --video"),
-        ((streets, "mixed/a.png", "mixed/a.png"), "mixed/a.png: two pictures of this name"),
-        ((things, "mixed", "--labels", "empty"), "--labels: this model classifies"),
-        ((workspace / "none.pt", "mixed"), "none.pt: no such file"),
-    ):
-        code, _, said = invoke(*arguments, "--out", "out")
-        assert code == 2 and len(said.splitlines()) == 1 and message in said, said
+    write(Path("mixed/a.png"), noise(16, 16))
+    write(Path("mixed/b.png"), noise(24, 16))
+    write(Path("whole.jpg"), noise(64, 64), ".jpg")
+    Path("cut.jpg").write_bytes(Path("whole.jpg").read_bytes()[:-2000])
+    wrong = "text.png text.mp4 nothing.png huge.png pipe.png pipe.mp4 loop.png dangling.mp4 empty"
+    for name in [*wrong.split(), "cut.jpg", "none.png", "mixed/b.png/x", "n" * 300]:
+        with pytest.raises(UserError) as error:
+            predict.run(model, [Path(name)])
+        message = str(error.value)
+        assert message.startswith(f"{name}: ") and "\n" not in message
+    with pytest.raises(UserError, match=r"mixed/b\.png: not of the size .* omit --video"):
+        predict.run(model, [Path("mixed")], video=True)
+    with pytest.raises(UserError, match="this model classifies"):
+        predict.run(model, [Path("mixed")], labels=Path("empty"))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"dataset": "mnist", "names": NAMES, "params": {}},
+        {"dataset": "imagenet", "names": NAMES[:5], "params": {}},
+        {"dataset": ["imagenet"], "names": NAMES, "params": {}},
+        {"dataset": "imagenet", "names": NAMES, "params": None},
+    ],
+)
+def test_a_model_must_say_what_it_knows(here: Path, facts: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"model\.safetensors: does not name"):
+        predictor(THINGS, facts)
+
+
+def test_wordnet_ids_become_words() -> None:
+    """Of the full set those of torchvision, in the order of their ids; names are left alone."""
+    full = predict.words([f"n{number:08}" for number in range(1000)])
+    assert full[0] == "tench" and full[281] == "tabby" and full[999] == "toilet tissue"
+    assert predict.words(NAMES) == NAMES
+    some = predict.words(["n01440764", "n99999999"])
+    words = "tench, Tinca tinca" if importlib.util.find_spec("timm") else "n01440764"
+    assert some == [words, "n99999999"]
+
+
+def test_mlflow_is_served_bytes_and_paths(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = things()
+    write(Path("a.png"), noise(20, 20))
+    monkeypatch.setenv("MDEQ_DEVICE", "cpu")
+    served = predict._load_pyfunc("model.safetensors")
+    content = Path("a.png").read_bytes()
+    answers = served.predict(pd.DataFrame({"picture": [content, "a.png"]}))
+    best = model.best(model(noise(20, 20)).shares)
+    assert answers["classes"].tolist() == [list(best)] * 2
+    assert answers["shares"][0] == pytest.approx(list(best.values()))

@@ -105,7 +105,7 @@ def measure_time(
 
 
 class Trainee:
-    """A model with its optimizer and batch: each `step` is one whole update, finished on the device."""
+    """A model with its optimizer and batch: a `step` is a whole update, done on the device."""
 
     def __init__(self, model: BenchmarkModel, params: BenchmarkParams, device: str) -> None:
         self.network = build(model, params.seed).to(device)
@@ -132,7 +132,7 @@ class Trainee:
 
 
 def build(model: BenchmarkModel, seed: int) -> nn.Module:
-    """The model in training mode, its weights drawn from `seed`, its solvers running to their limit."""
+    """The model in training mode, drawn from `seed`; its solvers run to their limit."""
     torch.manual_seed(seed)
     architecture = Architecture(model.model, model.head, CLASSES, model.forward, model.backward)
     network = architecture.build().train()
@@ -147,7 +147,7 @@ def build(model: BenchmarkModel, seed: int) -> nn.Module:
 def memory_in_fresh_process(
     model: BenchmarkModel, params: BenchmarkParams, machine: Machine
 ) -> int:
-    """Bytes that training needs at most, optimizer state included, beyond what torch itself takes."""
+    """Peak bytes of training, with the optimizer state, beyond what torch itself takes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_bytes, model, params, machine).result()

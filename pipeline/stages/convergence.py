@@ -95,7 +95,7 @@ def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
 
 @torch.no_grad()
 def trace(f: Map, z0: Tensor, solver: Forward, steps: int, lengths: list[int]) -> Trace:
-    """Runs a solver from `z0` (B, D) for `steps` updates, so steps + 1 calls of `f`, without a stop.
+    """Runs a solver from `z0` (B, D) for `steps` updates, so steps + 1 calls of `f`, to the end.
 
     `lengths` are those of the scales, which add up to D. The calls are fewer only if every sample
     comes to an exact fixed point or leaves the finite numbers.
@@ -126,7 +126,7 @@ def _relative(difference: Tensor, base: Tensor) -> Tensor:
 def measure(
     backbone: MDEQ, split: BatchDataset, params: ConvergenceParams, device: str
 ) -> tuple[pd.DataFrame, Tensor]:
-    """The tidy table of trace.csv, and the spectral radius of df/dz at z* of each sample, (samples,).
+    """The table of trace.csv, and the spectral radius of df/dz at z* of each sample, (samples,).
 
     Columns: solver, batch, evaluation, change, residual, and residual_1, ... of each scale; means
         over
@@ -153,7 +153,7 @@ def random_batches(split: BatchDataset, count: int, batch: int, seed: int) -> It
     """
     if count * batch > len(split):
         raise UserError(
-            f"convergence: {count} batches of {batch} need more samples than the split's {len(split)}"
+            f"convergence: {count} batches of {batch} are more than the {len(split)} samples"
         )
     order = np.random.default_rng(seed).permutation(len(split))
     for number in range(count):
@@ -201,14 +201,14 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
 
 
 def contraction(table: pd.DataFrame, column: str) -> float:
-    """The mean factor per evaluation of a residual's mean curve, from its start to its smallest value."""
+    """The mean factor per evaluation on a residual's mean curve, from its start to its minimum."""
     curve: Any = table.groupby("evaluation")[column].mean().dropna()
     best = int(curve.to_numpy().argmin()) if len(curve) else 0
     return float((curve.iloc[best] / curve.iloc[0]) ** (1 / best)) if best else math.nan
 
 
 def radius(radii: Tensor) -> dict[str, float]:
-    """Mean and largest spectral radius of df/dz at z*; below 1 plain iteration converges near z*."""
+    """Mean and largest spectral radius of df/dz at z*; below 1 iterating f converges nearby."""
     finite = radii[radii.isfinite()]
     if not len(finite):
         return {}
