@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,13 @@ class Layout:
     """The kind of a state and the shapes of its tensors, by which it is flattened and restored.
 
     Attributes:
-        keys: Of a dict; None for other kinds.
-        shapes: Of each tensor, without the batch.
+        keys: The names of a dict's tensors; empty for other kinds.
+        shapes: The shape of each tensor, without the batch.
     """
 
     kind: type
-    keys: tuple[str, ...] | None
-    shapes: tuple[tuple[int, ...], ...]
+    keys: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
     batch: int
     dtype: torch.dtype
 
@@ -38,79 +39,82 @@ class Layout:
         """The layout of a state.
 
         Raises:
-            TypeError: It is no state: not a tensor, tuple, list or dict of floating tensors.
+            TypeError: It is not a tensor, tuple, list or dict of floating tensors.
             ValueError: Its tensors differ in batch, dtype or device.
         """
         kind = next((k for k in (Tensor, tuple, list, dict) if isinstance(state, k)), None)
-        tensors = _tensors(state)
-        if kind is None or not tensors:
+        if kind is None or (kind is not Tensor and not state):
             raise TypeError(
                 f"z0: must be a tensor, or a tuple, list or dict of some, not {state!r}"
             )
+        tensors = _tensors(state)
         for tensor in tensors:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.dim():
                 raise TypeError("z0: each tensor of a state must be floating, of shape (B, ...)")
         if len({(len(t), t.dtype, t.device) for t in tensors}) > 1:
             raise ValueError("z0: the tensors of a state must have one batch, dtype and device")
-        keys = tuple(state) if isinstance(state, dict) else None
-        shapes = tuple(tuple(t.shape[1:]) for t in tensors)
+        keys = tuple(state) if isinstance(state, dict) else ()
+        shapes = tuple(tensor.shape[1:] for tensor in tensors)
         return cls(kind, keys, shapes, len(tensors[0]), tensors[0].dtype)
 
     def flatten(self, state: State, *, convert: bool = False) -> Tensor:
-        """A state of this layout to (B, D); its precision is an error unless `convert`.
+        """A state of this layout to (B, D); another precision is an error unless `convert`.
 
         Raises:
             TypeError: The state is of another kind or dtype.
-            ValueError: Its tensors have other shapes.
+            ValueError: Its tensors have other shapes or names.
         """
-        sequence = self.kind in (tuple, list) and isinstance(state, tuple | list)
-        if not sequence and not isinstance(state, self.kind):
+        kinds = (tuple, list) if self.kind in (tuple, list) else self.kind
+        if not isinstance(state, kinds):
             raise TypeError(
                 f"f must return a {self.kind.__name__} like z, not {type(state).__name__}"
             )
-        if self.keys is not None and set(cast(dict[str, Tensor], state)) != set(self.keys):
-            raise ValueError(f"f must return the keys of z, {self.keys}, not {tuple(state)}")
-        tensors = [state[key] for key in self.keys] if self.keys else _tensors(state)
-        shapes = [(self.batch, *shape) for shape in self.shapes]
-        returned = [tuple(t.shape) for t in tensors]
-        if returned != shapes:
-            raise ValueError(f"f must return the shapes of z, {shapes}, not {returned}")
-        for tensor in tensors:
+        if isinstance(state, dict):
+            if set(state) != set(self.keys):
+                raise ValueError(f"f must return the keys of z, {self.keys}, not {tuple(state)}")
+            state = [state[key] for key in self.keys]
+        flat = []
+        for tensor, shape in zip(_tensors(state), self.shapes, strict=True):
+            if tensor.shape != (self.batch, *shape):
+                expected = (self.batch, *shape)
+                raise ValueError(
+                    f"f must return the shape of z, {expected}, not {(*tensor.shape,)}"
+                )
             if tensor.dtype != self.dtype and not convert:
                 raise TypeError(f"f must return the dtype of z, {self.dtype}, not {tensor.dtype}")
-        flat = [tensor.reshape(self.batch, -1).to(self.dtype) for tensor in tensors]
+            flat.append(tensor.reshape(self.batch, shape.numel()).to(self.dtype))
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
     def restore(self, flat: Tensor) -> State:
         """(B, D) to a state of this layout."""
+        if self.kind is Tensor:
+            return flat.view(len(flat), *self.shapes[0])
         tensors, start = [], 0
         for shape in self.shapes:
-            end = start + torch.Size(shape).numel()
-            tensors.append(flat[:, start:end].unflatten(1, shape) if shape else flat[:, start])
+            end = start + shape.numel()
+            tensors.append(flat[:, start:end].view(len(flat), *shape))
             start = end
-        if self.keys is not None:
-            return dict(zip(self.keys, tensors, strict=True))
-        return tensors[0] if self.kind is Tensor else self.kind(tensors)
+        return dict(zip(self.keys, tensors, strict=True)) if self.keys else self.kind(tensors)
 
 
 def _tensors(state: State) -> list[Tensor]:
     if isinstance(state, Tensor):
         return [state]
-    if isinstance(state, dict):
-        return list(state.values())
-    return list(state) if isinstance(state, tuple | list) else []
+    return list(state.values() if isinstance(state, dict) else state)
 
 
 class FlatMap:
     """f(z, *inputs) on the flat state, under the autocast that was on when this was made.
 
     Args:
-        f: A function or a module; the parameters of a module are inputs, too.
-        layout: Of the state.
+        f: A function or a module.
+        layout: The layout of the state.
         arguments: What f takes after z.
+        device: The type of the state's device.
 
     Attributes:
-        inputs: All named tensors that f depends on: the arguments, then the parameters that train.
+        inputs: All named tensors that f depends on: the arguments, then the parameters of a module
+            that require grad.
     """
 
     def __init__(
@@ -121,28 +125,25 @@ class FlatMap:
                 raise TypeError(f"inputs: must be tensors, not {argument!r}")
         self.f, self.layout, self.device = f, layout, device
         self.arguments = tuple(arguments)
-        named = dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
-        self.names = [name for name, parameter in named.items() if parameter.requires_grad]
-        self.inputs = (*self.arguments, *(named[name] for name in self.names))
+        named = f.named_parameters() if isinstance(f, nn.Module) else ()
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        self.inputs = (*self.arguments, *self.parameters.values())
         self.autocast = torch.is_autocast_enabled(device)
         self.low_precision = torch.get_autocast_dtype(device)
-        self.writes: bool | None = None  # whether f writes into its input; known after one call
+        self.writes: bool | None = None  # into its input; known after the first call
 
     def __call__(self, z: Tensor, *arguments: Tensor) -> Tensor:
         """f(z) (B, D); with other arguments if any are given."""
         return self._value(self.f, z, arguments or self.arguments)
 
     def at(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        """f(z) with other tensors in the place of `self.inputs`; buffers are left as they are."""
+        """f(z) (B, D) with other tensors in the place of `self.inputs`."""
         count = len(self.arguments)
-        if not self.names:
+        if not self.parameters:
             return self._value(self.f, z, inputs)
-        module = cast(nn.Module, self.f)
-        replaced = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        replaced.update(zip(self.names, inputs[count:], strict=True))
-        return self._value(
-            lambda *given: functional_call(module, replaced, given), z, inputs[:count]
-        )
+        parameters = dict(zip(self.parameters, inputs[count:], strict=True))
+        f = partial(_call_with, self.f, parameters)
+        return self._value(f, z, inputs[:count])
 
     def _value(self, f: Callable[..., State], z: Tensor, arguments: Sequence[Tensor]) -> Tensor:
         copied = self.writes is not False or z.is_inference()
@@ -155,6 +156,10 @@ class FlatMap:
             raise RuntimeError("f writes into its input, but did not at its first call")
         self.writes = self.writes or wrote
         return self.layout.flatten(value, convert=self.autocast)
+
+
+def _call_with(module: nn.Module, parameters: dict[str, Tensor], *arguments: Any) -> Any:
+    return functional_call(module, parameters, arguments)
 
 
 def flat_problem(

@@ -113,8 +113,9 @@ class _FixedPointSolver(Limits):
 
 
 def _in_wide_precision(solve: Callable[[Map, Tensor], Solution], f: Map, z: Tensor) -> Solution:
-    narrow = z.dtype
-    wide = torch.promote_types(narrow, torch.float32)
+    narrow, wide = z.dtype, torch.promote_types(z.dtype, torch.float32)
+    if narrow == wide:
+        return solve(f, z)
     solution = solve(lambda z: f(z.to(narrow)).to(wide), z.to(wide))
     return replace(solution, value=solution.value.to(narrow))
 
@@ -366,8 +367,8 @@ def _least_squares(hessenberg: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.linalg.solve_triangular(r, (norm[:, None] * q[:, 0])[:, :, None], upper=True)[:, :, 0]
     residual = -torch.bmm(hessenberg, y[:, :, None])[:, :, 0]
     residual[:, 0] += norm
-    pivots = r.diagonal(dim1=1, dim2=2).abs()
-    singular = pivots.amin(1) <= 10 * torch.finfo(r.dtype).eps * pivots.amax(1)
+    smallest, largest = r.diagonal(dim1=1, dim2=2).abs().aminmax(dim=1)
+    singular = smallest <= 10 * torch.finfo(r.dtype).eps * largest
     return y, torch.linalg.vector_norm(residual, dim=1).masked_fill(singular, torch.nan)
 
 

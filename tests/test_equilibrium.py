@@ -116,6 +116,9 @@ def test_statistics_of_the_adjoint_and_no_tape_without_grad(problem):
     z, _ = equilibrium(f, z0, TIGHT, rule, inputs=(x,), on_backward=seen.append)
     (z * direction).sum().backward()
     assert len(seen) == 1 and seen[0].nfe == len(seen[0].trace) == 6
+    size = direction.norm(dim=1)
+    torch.testing.assert_close(seen[0].relative, seen[0].absolute / size)
+    torch.testing.assert_close(seen[0].trace.min(0).values, seen[0].relative)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             z, solution = equilibrium(f, z0, TIGHT, rule, inputs=(x,))
@@ -330,8 +333,8 @@ def test_sequences_of_tensors_of_different_shapes(kind):
 @pytest.mark.parametrize(
     ("f", "error", "message"),
     [
-        (lambda z: z[:, :2], ValueError, "shapes of z"),
-        (lambda z: z[:1], ValueError, "shapes of z"),
+        (lambda z: z[:, :2], ValueError, "shape of z"),
+        (lambda z: z[:1], ValueError, "shape of z"),
         (lambda z: z.float(), TypeError, "dtype of z"),
         (lambda z: (z,), TypeError, "Tensor like z"),
         (lambda z: None, TypeError, "Tensor like z"),

@@ -245,6 +245,7 @@ def test_gmres_solves_the_adjoint_and_never_gets_worse():
     short = Gmres(steps=4, tolerance=0)(product, f.b)
     gap = (product(short.value) + f.b - short.value).norm(dim=1)
     torch.testing.assert_close(short.absolute, gap, rtol=1e-8, atol=1e-12)
+    assert short.steps.tolist() == [4, 4, 0, 4]
 
 
 def test_gmres_reports_the_true_residual_where_its_space_is_exhausted():
