@@ -1,155 +1,227 @@
-"""Checkpoints: whole or not at all, strictly typed, and never executed."""
+"""States and models: whole or absent, verified, never executed, and one process at a time."""
 
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
 import os
 import pickle
 import resource
-import subprocess
-import sys
-import tempfile
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from toys import ARCHITECTURE, network
 
-from mdeq import Anderson, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, SegmentationHeadConfig
-from mdeq.baselines import ExplicitConfig, NeuralODEConfig, ResNetConfig
-from pipeline.checkpoints import Architecture, CheckpointError, RunState, load_model, read, save_model, write_atomically
+from pipeline import files
+from pipeline.errors import UserError
+from pipeline.train import checkpoints
+from pipeline.train.checkpoints import MAGIC, RunState, load_model, save_model
 
-MDEQ_SMALL = Architecture(
-    MDEQConfig(channels=(8, 8), expansion=2, groups=4, upsampling="bilinear"),
-    ClassificationHeadConfig((4, 4), 16),
-    classes=5,
-    forward=Anderson(steps=7),
-    backward=Implicit(Gmres(steps=3)),
-)
+STATE = {"model": {"weight": torch.arange(300.0)}, "state": {"step": 7, "history": [{"lr": 0.1}]}}
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        MDEQ_SMALL,
-        Architecture(MDEQConfig(channels=(8,), groups=4), SegmentationHeadConfig("highest"), classes=19),
-        Architecture(ResNetConfig(), None, classes=10),
-        Architecture(NeuralODEConfig(filters=4, augmented=2, image=16), None, classes=10),
-        # its weights are for 1000 classes: a model that comes back never asks for them
-        Architecture(ExplicitConfig("resnet18", weights="default", small_input=True), None, classes=10),
-    ],
-    ids=["classification", "segmentation", "narrow", "ode", "explicit"],
-)
-def test_a_model_comes_back_with_its_architecture(tmp_path, architecture):
-    torch.manual_seed(0)
-    model = architecture.build()
-    save_model(tmp_path / "model.pt", architecture, model, {"stage": "classify", "seed": 0})
-    loaded, again, meta = load_model(tmp_path / "model.pt")
-    assert again == architecture and meta == {"stage": "classify", "seed": 0}
-    image = torch.randn(2, 3, 16, 16)
+@pytest.fixture
+def state(tmp_path: Path) -> RunState:
+    found = RunState(tmp_path / "work", {"lr": 1}, "seed-0", lambda: 123)
+    found.save(STATE)
+    return found
+
+
+# models
+
+
+def test_a_model_comes_back_with_architecture_and_facts(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model = network().eval()
+    save_model(path, model, ARCHITECTURE, {"stage": "classify", "seed": 0})
+    loaded, architecture, facts = load_model(path)
+    assert architecture == ARCHITECTURE and facts == {"stage": "classify", "seed": 0}
+    assert not loaded.training
+    image = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(image).logits, model.eval()(image).logits, rtol=0, atol=0)
-    if isinstance(loaded, Network):
-        assert loaded.backbone.forward_solver == (architecture.forward or loaded.backbone.forward_solver)
+        torch.testing.assert_close(loaded(image).logits, model(image).logits, rtol=0, atol=0)
+
+
+def test_a_model_that_is_no_model_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    cure = f"{path}: .*; restore it with `dvc repro`, or import it again"
+    with pytest.raises(UserError, match=f"{path}: no such file; restore it"):
+        load_model(path)
+    save_model(path, network(), ARCHITECTURE, {})
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 4
+    pickled = io.BytesIO()
+    torch.save({"state": {}}, pickled)
+    for content in (b"", whole[:9], whole[:-1], bytes(flipped), whole + b"\0", pickled.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=cure) as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=cure):
+        load_model(path)
+
+
+# states
+
+
+def test_a_state_comes_back(state: RunState, tmp_path: Path) -> None:
+    loaded = state.load()
+    assert loaded is not None and loaded["state"] == STATE["state"] and state.recorded() == 123
+    assert torch.equal(loaded["model"]["weight"], STATE["model"]["weight"])
+    other = RunState(tmp_path / "work", {"lr": 2}, "seed-0")
+    assert other.load() is None and other.recorded() is None
+
+
+def test_any_damage_of_a_state_is_found_and_named(state: RunState) -> None:
+    whole = state.path.read_bytes()
+    damaged = [whole[:length] for length in (0, 1, len(MAGIC), len(whole) // 2, len(whole) - 1)]
+    for position in range(0, len(whole), 97):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        damaged.append(bytes(flipped))
+    way_out = rf"{state.path}: damaged; delete {state.path} and rerun: training starts again"
+    for content in damaged:
+        state.path.write_bytes(content)
+        with pytest.raises(UserError, match=way_out):
+            state.load()
 
 
 class Malicious:
-    def __init__(self, path):
+    """Runs a function when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self):  # noqa: ANN204
         return (open, (str(self.path), "w"))
 
 
-def test_a_malicious_file_is_refused_and_runs_nothing(tmp_path):
-    for write in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
-        write({"format": 1, "architecture": Malicious(tmp_path / "ran")}, tmp_path / "model.pt")
-        with pytest.raises(CheckpointError, match="model.pt: damaged, or not a checkpoint"):
-            load_model(tmp_path / "model.pt")
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_malicious_state_is_refused_and_runs_nothing(
+    state: RunState, tmp_path: Path, signed: bool
+) -> None:
+    evil = {"state": Malicious(tmp_path / "ran"), "position": 0}
+    saved = io.BytesIO()
+    torch.save(evil, saved)
+    for payload in (pickle.dumps(evil), saved.getvalue()):
+        head = MAGIC + f"{files.digest(payload)}\n".encode() if signed else b""
+        state.path.write_bytes(head + payload)
+        with pytest.raises(UserError, match="delete .* and rerun"):
+            state.load()
+        state.path.write_bytes(payload)
+        with pytest.raises(UserError, match="restore it"):
+            load_model(state.path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_damaged_missing_and_foreign_files_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="absent.pt: no such file"):
-        load_model(tmp_path / "absent.pt")
-    save_model(tmp_path / "model.pt", MDEQ_SMALL, MDEQ_SMALL.build(), {})
-    whole = (tmp_path / "model.pt").read_bytes()
-    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="half.pt: damaged"):
-        load_model(tmp_path / "half.pt")
-    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
-    with pytest.raises(CheckpointError, match="foreign.pt: not a model of this project"):
-        load_model(tmp_path / "foreign.pt")
+@pytest.mark.parametrize(
+    "content", [[1], {"state": {}}, {"state": 1, "position": 0}, {"position": 1}]
+)
+def test_a_signed_file_of_other_content_is_refused(state: RunState, content: object) -> None:
+    saved = io.BytesIO()
+    torch.save(content, saved)
+    payload = saved.getvalue()
+    state.path.write_bytes(MAGIC + f"{files.digest(payload)}\n".encode() + payload)
+    with pytest.raises(UserError, match="not a state of a training; delete"):
+        state.load()
 
 
-def test_a_write_that_fails_keeps_the_previous_file(tmp_path):
-    path = tmp_path / "state.pt"
-    write_atomically(path, {"step": 1})
-    with pytest.raises(CheckpointError, match=r"state.pt: cannot be written .*MB are needed, .*MB are free"):
-        write_atomically(path, _FailsHalfWay(step=2))
-    assert read(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_names_the_room_it_needs(tmp_path):
-    path, limits = tmp_path / "state.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_atomically(path, {"step": 1})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # the kernel refuses to write on, as when full
+def test_a_full_disk_keeps_the_last_state_and_names_the_room_it_needs(state: RunState) -> None:
+    big = STATE | {"model": {"weight": torch.zeros(1_000_000)}}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # as if the disk were full
     try:
-        with pytest.raises(CheckpointError, match=r"state.pt: cannot be written .*; 4.0 MB are needed") as caught:
-            write_atomically(path, {"model": {"weight": torch.zeros(1_000_000)}})
+        with pytest.raises(UserError, match=r"seed-0.pt: cannot be written .* 4.0 MB are needed"):
+            state.save(big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(caught.value)
-    assert read(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+    loaded = state.load()
+    assert loaded is not None and loaded["state"] == STATE["state"]
+    assert sorted(path.name for path in state.work.iterdir()) == ["identity.json", "seed-0.pt"]
 
 
-def test_a_folder_that_may_not_be_written_is_named():
-    with tempfile.TemporaryDirectory() as folder:  # one that others may enter, unlike tmp_path
-        os.chmod(folder, 0o555)
-        root = os.geteuid() == 0
-        try:
-            if root:  # who may write everywhere
-                os.seteuid(65534)
-            with pytest.raises(CheckpointError, match=r"state.pt: cannot be written \(\[Errno 13\] Permission denied"):
-                write_atomically(Path(folder, "state.pt"), {"step": 1})
-        finally:
-            if root:
-                os.seteuid(0)
-            os.chmod(folder, 0o755)
+def test_files_are_replaced_and_never_written_through_a_link(
+    state: RunState, tmp_path: Path
+) -> None:
+    """DVC's cache may hold the same file under another name."""
+    model = tmp_path / "model.safetensors"
+    save_model(model, network(), ARCHITECTURE, {})
+    for path, write in (
+        (state.path, lambda: state.save(STATE | {"more": 1})),
+        (model, lambda: save_model(model, network(), ARCHITECTURE, {"more": 1})),
+    ):
+        kept = tmp_path / "cache"
+        os.link(path, kept)
+        before = kept.read_bytes()
+        write()
+        assert kept.read_bytes() == before != path.read_bytes()
+        kept.unlink()
 
 
-def test_one_process_a_model_and_others_states_are_left_alone(tmp_path):
-    """Two experiments of one stage at once: each has its state, and the first to finish leaves the other's."""
-    ours = RunState(tmp_path, {"lr": 1}, "seed-0")
-    code = (
-        "import sys; from pathlib import Path; from pipeline.checkpoints import RunState\n"
-        "state = RunState(Path(sys.argv[1]), {'lr': int(sys.argv[2])}, 'seed-0'); state.claim()\n"
-        "state.save({'step': 7}); print('ready', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "2"], cwd=Path(__file__).parents[1], **pipes) as other:
-        assert other.stdout and other.stdout.readline() == "ready\n"
-        theirs = RunState(tmp_path, {"lr": 2}, "seed-0")
-        with pytest.raises(CheckpointError, match="another process is training this very model"):
-            theirs.claim()
-        ours.claim()
-        ours.save({"step": 1})
-        ours.delete()
-        assert theirs.load() == {"step": 7}
-        other.kill()
-        other.wait()
-        theirs.claim()  # the kernel let go of it
+# identity
 
 
-class _FailsHalfWay(dict):
-    def __reduce__(self):
-        raise OSError(28, "No space left on device")
+def test_an_older_state_of_other_params_goes_once_the_new_one_is_safe(tmp_path: Path) -> None:
+    def identity(lr: float) -> dict:
+        return {"params": {"batch": 8, "optimizer": {"lr": lr}}, "torch": "2.9"}
 
-
-def test_state_of_other_params_is_told_apart_and_goes_once_the_new_is_safe(tmp_path):
-    old = RunState(tmp_path, {"params": {"batch": 8, "optimizer": {"lr": 0.1}}, "torch": "2.9"}, "seed-0")
+    old, new = (RunState(tmp_path / "work", identity(lr), "seed-0") for lr in (0.1, 0.2))
     old.save({"step": 5})
-    new = RunState(tmp_path, {"params": {"batch": 8, "optimizer": {"lr": 0.2}}, "torch": "2.9"}, "seed-0")
     assert new.load() is None and old.load() == {"step": 5}
-    assert new.differences() == ["params.optimizer.lr"] and old.differences() == []
+    assert checkpoints.differences(new.work, identity(0.2)) == ["params.optimizer.lr"]
+    assert checkpoints.differences(old.work, identity(0.1)) == []
     new.save({"step": 1})
-    assert old.load() is None and new.load() == {"step": 1}
-    new.delete()
-    assert not tmp_path.exists()
+    assert old.load() == {"step": 5}  # nothing is lost by a first save alone
+    new.save({"step": 2})
+    assert old.load() is None and new.load() == {"step": 2}
+    checkpoints.delete([new], "run.jsonl")
+    assert not (tmp_path / "work").exists()
+
+
+# two at once
+
+
+def test_two_trainings_never_share_state_or_results(tmp_path: Path) -> None:
+    """Another process trains from the state `one` into the results `a`, until it is killed."""
+    locks, one, a = tmp_path / "locks", tmp_path / "work/one", tmp_path / "results/a"
+    ready, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with checkpoints.claimed(one, a, locks):
+            (one / "state.pt").touch()
+            os.write(write, b"!")
+            time.sleep(600)
+    os.read(ready, 1)
+    name, training = "training a model of this name", "training this very model"
+    cases = [("one", "a", name), ("two", "a", name), ("one", "b", training)]
+    for work, results, busy in cases:
+        claim = checkpoints.claimed(tmp_path / "work" / work, tmp_path / "results" / results, locks)
+        with pytest.raises(UserError, match=f"another process is {busy}; let it finish"), claim:
+            pass
+    with checkpoints.claimed(tmp_path / "work/two", tmp_path / "results/b", locks):
+        checkpoints.delete_others(tmp_path / "work/two")
+        assert (one / "state.pt").exists()  # it is in use
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with checkpoints.claimed(one, a, locks):  # the kernel freed it
+        checkpoints.delete_others(one)
+    assert not (tmp_path / "work/two").exists()
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(UserError, match="this file system has no locks .* a local disk"):
+        with checkpoints.claimed(tmp_path / "a", tmp_path / "b", tmp_path / "locks"):
+            pass

@@ -25,7 +25,9 @@ def test_topk_equals_sorting() -> None:
     values = metric.compute()
     assert values["eval/top1"] == pytest.approx(100 * right[:, :1].any(1).double().mean().item())
     assert values["eval/top5"] == pytest.approx(100 * right[:, :5].any(1).double().mean().item())
-    by_class = [right[targets == label, :1].any(1).double().mean().item() for label in targets.unique()]
+    by_class = [
+        right[targets == label, :1].any(1).double().mean().item() for label in targets.unique()
+    ]
     assert values["eval/macro"] == pytest.approx(100 * np.mean(by_class))
 
 
@@ -67,14 +69,19 @@ def test_miou_equals_the_official_definition_and_sets_of_pixels() -> None:
     prediction = logits.argmax(1)
     metric = ConfusionMatrix(classes)
     for image in range(4):
-        metric.update(torch.from_numpy(logits[image : image + 1]), torch.from_numpy(targets[image : image + 1]))
+        metric.update(
+            torch.from_numpy(logits[image : image + 1]),
+            torch.from_numpy(targets[image : image + 1]),
+        )
 
     confusion = np.zeros((classes, classes), dtype=np.int64)
     for truth, guess in zip(targets.ravel(), prediction.ravel(), strict=True):
         if truth != IGNORE:
             confusion[truth, guess] += 1
     assert np.array_equal(metric.counts.numpy(), confusion)
-    assert metric.iou() == pytest.approx([official_iou(label, confusion) for label in range(classes)])
+    assert metric.iou() == pytest.approx(
+        [official_iou(label, confusion) for label in range(classes)]
+    )
 
     counted = targets.ravel() != IGNORE
     sets = []
@@ -84,13 +91,17 @@ def test_miou_equals_the_official_definition_and_sets_of_pixels() -> None:
         sets.append(len(truth & guess) / len(truth | guess))
     values = metric.compute()
     assert values["eval/miou"] == pytest.approx(100 * np.mean(sets))
-    assert values["eval/pixel_accuracy"] == pytest.approx(100 * (prediction == targets)[targets != IGNORE].mean())
+    assert values["eval/pixel_accuracy"] == pytest.approx(
+        100 * (prediction == targets)[targets != IGNORE].mean()
+    )
     assert values["eval/classes_present"] == classes
 
 
 def test_absent_classes_are_skipped_and_counted_but_their_false_alarms_cost() -> None:
     targets = torch.tensor([[[0, 0, 1, IGNORE]]])
-    predictions = torch.tensor([[[0, 2, 1, 2]]])  # class 2 is never a label; one false alarm, one on an ignored pixel
+    predictions = torch.tensor(
+        [[[0, 2, 1, 2]]]
+    )  # class 2 is never a label; one false alarm, one on an ignored pixel
     metric = ConfusionMatrix(4)
     metric.add(predictions, targets)
     values = metric.compute()

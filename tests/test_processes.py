@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import Killed, Watcher, untimed
 
-from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network, SegmentationHeadConfig
+from mdeq import (
+    Broyden,
+    ClassificationHeadConfig,
+    Gmres,
+    Implicit,
+    MDEQConfig,
+    Network,
+    SegmentationHeadConfig,
+)
 from mdeq.heads import resize
 from mdeq.losses import IGNORE, pixel_weight
 from pipeline.data.loading import Keys, Share, draw
@@ -191,7 +199,9 @@ def test_variables_that_contradict_each_other_are_named(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("samples", [1, 5, 16, 17])
 def test_the_pieces_of_a_batch_are_the_batch(samples: int) -> None:
-    shares: list[Callable[[int], list[tuple[int, int]]]] = [Share(rank, 4, 2).bounds for rank in range(4)]
+    shares: list[Callable[[int], list[tuple[int, int]]]] = [
+        Share(rank, 4, 2).bounds for rank in range(4)
+    ]
     found = [i for bounds in shares for a, b in bounds(samples) for i in range(a, b)]
     assert found == list(range(samples))
     sizes = [b - a for bounds in shares for a, b in bounds(samples)]

@@ -68,7 +68,13 @@ def run(
 
 @pytest.mark.parametrize(
     ("recipe", "minutes", "stop"),
-    [(RECIPE, OFTEN, 3), (RECIPE, OFTEN, 5), (RECIPE, 99.0, 8), (AIDED, OFTEN, 7), (AIDED, 99.0, 13)],
+    [
+        (RECIPE, OFTEN, 3),
+        (RECIPE, OFTEN, 5),
+        (RECIPE, 99.0, 8),
+        (AIDED, OFTEN, 7),
+        (AIDED, 99.0, 13),
+    ],
     ids=["in an epoch", "at its end", "rarely saved", "aided", "aided, rarely saved"],
 )
 def test_a_resumed_run_ends_with_the_same_weights(
@@ -97,7 +103,11 @@ def test_equilibria_that_are_lost_are_found_again_from_zero(tmp_path: Path) -> N
     for path in tmp_path.rglob("*.bin"):
         path.unlink()
     run(state(tmp_path), watcher := Watcher(), recipe)
-    nfe = {step: row["solver/nfe"] for step, row in watcher.rows if "lr" in row and "eval/top1" not in row}
+    nfe = {
+        step: row["solver/nfe"]
+        for step, row in watcher.rows
+        if "lr" in row and "eval/top1" not in row
+    }
     cold, warm = 5, 3  # a solver of T steps makes T + 1 evaluations
     assert [nfe[step] for step in range(8, 16)] == [cold] * 8
     assert [nfe[step] for step in range(16, 26)] == [warm] * 10
@@ -198,7 +208,9 @@ def test_all_aids_together_learn_and_the_average_is_what_remains(tmp_path: Path)
 
 def test_the_average_is_an_exponential_one(tmp_path: Path) -> None:
     """a_1 = w_1 and a_n = d a_(n-1) + (1 - d) w_n, by a recurrence of our own."""
-    recipe = Recipe(optimizer=Sgd(lr=0.05), epochs=1, batch=8, average=0.75, checkpoint_minutes=OFTEN)
+    recipe = Recipe(
+        optimizer=Sgd(lr=0.05), epochs=1, batch=8, average=0.75, checkpoint_minutes=OFTEN
+    )
     weights = []
     key = next(name for name, _ in network().named_parameters() if name.startswith("head."))
 
@@ -245,14 +257,23 @@ def test_no_epochs_only_validate(tmp_path: Path) -> None:
 def test_a_validation_reads_the_solver_per_sample() -> None:
     model, seen = network().eval(), []
     row = evaluate_split(
-        model, Stripes(20), TopK(2), batch=7, device="cpu", on_batch=lambda *batch: seen.append(batch)
+        model,
+        Stripes(20),
+        TopK(2),
+        batch=7,
+        device="cpu",
+        on_batch=lambda *batch: seen.append(batch),
     )
     images, targets = Stripes(20)[Keys(0, list(range(20)))]
     with torch.no_grad():
         prediction = model(images)
     solution = prediction.equilibrium.solution
-    assert row["solver/relative_residual"] == pytest.approx(float(solution.relative.mean()), rel=1e-4)
-    assert row["solver/relative_residual_max"] == pytest.approx(float(solution.relative.max()), rel=1e-4)
+    assert row["solver/relative_residual"] == pytest.approx(
+        float(solution.relative.mean()), rel=1e-4
+    )
+    assert row["solver/relative_residual_max"] == pytest.approx(
+        float(solution.relative.max()), rel=1e-4
+    )
     for k in (2, 4):
         expected = float(solution.trace[k - 1].mean())
         assert row[f"solver/residual_after_{k}"] == pytest.approx(expected, rel=1e-4)
@@ -305,9 +326,13 @@ def test_the_jacobian_terms_schedule_is_trained_with(
 
 def test_order_and_learning_rate() -> None:
     keys = [
-        k for start in (0, 2) for k in batches(_Echo(), 4, seed=1, epoch=5, shuffle=True, start=start)
+        k
+        for start in (0, 2)
+        for k in batches(_Echo(), 4, seed=1, epoch=5, shuffle=True, start=start)
     ]
-    assert keys[2:5] == keys[5:] and sorted(i for k in keys[:5] for i in k.indices) == list(range(18))
+    assert keys[2:5] == keys[5:] and sorted(i for k in keys[:5] for i in k.indices) == list(
+        range(18)
+    )
     other = list(batches(_Echo(), 4, seed=1, epoch=6, shuffle=True))
     assert other[0].indices != keys[0].indices
     assert schedule(0, 10, 0.0) == 1 and schedule(10, 10, 0.0) == pytest.approx(FINAL)
@@ -487,5 +512,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         {},
     ):
         state(tmp_path).save(spoilt)
-        with pytest.raises(UserError, match=r"seed-3.pt: not the state .*delete .*seed-3.pt and rerun"):
+        with pytest.raises(
+            UserError, match=r"seed-3.pt: not the state .*delete .*seed-3.pt and rerun"
+        ):
             run(state(tmp_path))

@@ -126,6 +126,8 @@ class RunState:
         From the second save on the states of other identities are no longer needed, and are deleted.
         """
         first = not self.path.exists()
+        if first:
+            files.write_json(self.work / "identity.json", self._identity)
         buffer = io.BytesIO(MAGIC)
         buffer.seek(len(MAGIC) + 33)
         torch.save({"state": state, "position": self.position()}, buffer)
@@ -133,9 +135,7 @@ class RunState:
         digest = files.digest(bytes(view[len(MAGIC) + 33 :]))
         view[len(MAGIC) : len(MAGIC) + 33] = f"{digest}\n".encode()
         files.write(self.path, view)
-        if first:
-            files.write_json(self.work / "identity.json", self._identity)
-        else:
+        if not first:
             delete_others(self.work)
 
     def damaged(self, reason: str) -> UserError:
@@ -186,19 +186,24 @@ def claimed(work: Path, results: Path, locks: Path) -> Iterator[None]:
         yield
 
 
-def delete(states: list[RunState]) -> None:
-    """Deletes the states of a finished instance, the last training first and its run file last.
+def delete(states: list[RunState], record: str) -> None:
+    """Deletes the states of a finished instance, the last training first.
 
-    Killed in between, the same command finishes the same run once more.
+    Killed in between, the same command finishes the same run once more: its file goes last.
+
+    Args:
+        states: Of the trainings in their order.
+        record: The name of the run file beside them.
     """
     work = states[0].work
     for state in reversed(states):
         shutil.rmtree(state.folder, ignore_errors=True)
         state.path.unlink(missing_ok=True)
     delete_others(work)
-    for path in sorted(work.iterdir(), reverse=True):
-        if path.name != LOCK:
+    for path in work.iterdir():
+        if path.name not in (LOCK, record):
             path.unlink()
+    (work / record).unlink(missing_ok=True)
     shutil.rmtree(work)
     with contextlib.suppress(OSError):  # another experiment's state is there
         work.parent.rmdir()

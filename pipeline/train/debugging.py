@@ -82,7 +82,7 @@ def profiled(observer: Training, debug: Debug | None, folder: Path) -> Iterator[
         say(f"{folder / 'trace.json'}: open it at https://ui.perfetto.dev")
 
     updates = schedule(wait=1, warmup=1, active=3, repeat=1)
-    with profile(schedule=updates, on_trace_ready=write, with_stack=True) as profiler:
+    with profile(schedule=updates, on_trace_ready=write) as profiler:
         yield _Profiled(observer, profiler)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,8 @@ def run(
         Stopped: Ctrl-C or SIGTERM, after a save.
     """
     machine.use_threads()
+    if debug:
+        machine = replace(machine, tracking_uri=None)
     experiment = Experiment(stage, name, params, machine, debug)
     work = experiment.work / checkpoints.fingerprint(experiment.identity)
     with distributed.joined(machine.device), contextlib.ExitStack() as stack:
@@ -199,7 +201,7 @@ def run(
             if distributed.rank() == 0:
                 _write_results(experiment, histories, model, record)
         if distributed.rank() == 0:
-            checkpoints.delete(list(states.values()))
+            checkpoints.delete(list(states.values()), tracking.NAME)
 
 
 def _states(experiment: Experiment, record: tracking.Run) -> dict[int, RunState]:
@@ -268,7 +270,6 @@ def _train(
         }
         path = experiment.results / MODEL
         save_model(path, model, experiment.architecture(task.train.classes), facts)
-        record.model(path)
     return history, model
 
 
@@ -311,6 +312,7 @@ def _write_results(
     files.write_json(out / "metrics.json", metrics)
     files.write_json(out / "facts.json", _facts(experiment, record))
     record.metrics(metrics, step=int(max(row["step"] for row in rows)))
+    record.model(out / MODEL)
     for name in ("metrics.json", "facts.json", "history.csv", "curves.png"):
         record.artifact(out / name)
 

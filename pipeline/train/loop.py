@@ -155,11 +155,16 @@ def train(
         return [{"epoch": 0, "step": 0, **run.validate()}]
     run.resume()
     with run.signals:
-        while run.state.epoch < recipe.epochs:
-            run.train_epoch()
-            run.save()
-            run.end_epoch()
-            run.save()
+        try:
+            while run.state.epoch < recipe.epochs:
+                run.train_epoch()
+                run.save()
+                run.end_epoch()
+                run.save()
+        except RuntimeError as error:
+            if run.signals.received and "DataLoader worker" in str(error):  # it got the signal, too
+                raise run.stopped() from None
+            raise
     run.finish()
     return run.state.history
 
@@ -180,6 +185,7 @@ class _Run:
     def __post_init__(self) -> None:
         recipe, samples = self.recipe, len(self.task.train)
         self.state = _State()
+        self.saved_step = 0
         self.signals = StopSignals()
         self.share = Share(distributed.rank(), distributed.count(), recipe.accumulate)
         if self.share.processes > 1 and self.device.startswith("cuda"):
@@ -214,6 +220,7 @@ class _Run:
             self.state = _State(**saved["state"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise self.store.damaged(f"not the state of this run: {error!r}") from error
+        self.saved_step = self.state.step
         self.began -= self.state.seconds
 
     def save(self) -> None:
@@ -224,6 +231,7 @@ class _Run:
         if self.share.rank == 0:
             saved: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
             self.store.save(saved | {"state": vars(self.state)})
+        self.saved_step = self.state.step
 
     def finish(self) -> None:
         """Leaves the weights to be used in the model, and nothing that only training needs."""
@@ -426,10 +434,10 @@ class _Run:
                 raise self.stopped()
 
     def stopped(self) -> Stopped:
-        """The end of a run that was asked to stop, its state saved."""
+        """The end of a run that was asked to stop."""
         number = self.signals.received or signal.SIGTERM
         return Stopped(
-            f"stopped; {self.state.step:,} of {self.total:,} updates are saved: "
+            f"stopped; {self.saved_step:,} of {self.total:,} updates are saved: "
             "run the same command again to resume",
             128 + number,
         )

@@ -200,7 +200,11 @@ def _validation_seconds(model: nn.Module, task: Task, experiment: Experiment) ->
         precision=params.precision,
         watch=first,
     )
-    return (time.perf_counter() - began) * len(task.validation) / min(done * batch, len(task.validation))
+    return (
+        (time.perf_counter() - began)
+        * len(task.validation)
+        / min(done * batch, len(task.validation))
+    )
 
 
 def _disk(model: nn.Module, params: TrainParams, image: torch.Tensor, samples: int) -> float:
