@@ -59,7 +59,7 @@ REASONS = {  # what an error says -> what is wrong, and what to do
     "credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     "[Pp]arse|[Ii]nvalid (URL|url)|[Uu]nsupported|No host": "MLFLOW_TRACKING_URI is not an address "
     "of a store; write http://host:5000 or sqlite:////folder/mlflow.db",
-    "": "it does not answer; the runs wait in their files",
+    "": "it cannot be used now; the runs wait in their files",
 }
 THREADS = threading.Lock()
 PICTURE = (
@@ -436,9 +436,7 @@ def ui(machine: Machine, port: int) -> int:
         UserError: The port is taken, or the store cannot be reached or used.
     """
     if not _is_http(machine):
-        with socket.socket() as free, explained_port(port):
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            free.bind(("127.0.0.1", port))
+        _check_port(port)
     with explained(machine), _alone(machine):
         client, experiment = connect(machine)
         _save_view(client, experiment)
@@ -450,6 +448,15 @@ def ui(machine: Machine, port: int) -> int:
         print(f"MLflow: {base}/{page}", flush=True)
         return 0
     return _serve(machine, port, f"http://127.0.0.1:{port}/{page}")
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            own.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"port {port}: {error.strerror}; choose another with --port") from None
 
 
 def _serve(machine: Machine, port: int, page: str) -> int:
@@ -475,16 +482,6 @@ def _serve(machine: Machine, port: int, page: str) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
-
-
-@contextlib.contextmanager
-def explained_port(port: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"port {port}: cannot be used ({error.strerror}); choose another by --port"
-        ) from None
 
 
 def load_sensors() -> list[Any]:
@@ -558,8 +555,9 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _key(name: str) -> str:
-    """The name as MLflow takes it."""
-    return re.sub(r"[^\w\-. :/]", "_", name).strip("/")[:250] or "_"
+    """The name as MLflow takes it: of few characters, and like a path that stays in its folder."""
+    plain = re.sub(r"[^\w\-. :/]", "_", name)
+    return os.path.normpath(f"/{plain}").strip("/")[:250].rstrip("/") or "_"
 
 
 def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:

@@ -5,7 +5,6 @@ Stores are SQLite files and an MLflow server, which a small proxy makes slow, si
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -510,15 +509,28 @@ def refusing(code: int) -> Iterator[str]:
         refuser.shutdown()
 
 
-def deleted_experiment(database: Path) -> None:
+def delete_experiment(database: Path) -> None:
     own = MlflowClient(f"sqlite:///{database}")
     own.delete_experiment(own.create_experiment("mdeq"))
 
 
-def other_schema(database: Path) -> None:
+def restore_experiment(database: Path) -> None:
+    own = MlflowClient(f"sqlite:///{database}")
+    own.restore_experiment(own.get_experiment_by_name("mdeq").experiment_id)
+
+
+def set_schema(database: Path, change: str) -> None:
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("update alembic_version set version_num = '0123456789ab'")
+        connection.execute(f"update alembic_version set version_num = {change}")
         connection.commit()
+
+
+def other_schema(database: Path) -> None:
+    set_schema(database, "version_num || '0'")
+
+
+def first_schema(database: Path) -> None:
+    set_schema(database, "substr(version_num, 1, length(version_num) - 1)")
 
 
 def other_program(database: Path) -> None:
@@ -533,16 +545,22 @@ def folder_in_its_place(database: Path) -> None:
     database.mkdir()
 
 
+def put_back(database: Path) -> None:
+    if database.is_dir():
+        database.rmdir()
+    shutil.copy(database.with_name("kept.db"), database)
+
+
 SPOILED = {
-    "garbage": (lambda path: path.write_bytes(b"garbage" * 999), "move it away"),
-    "a folder": (folder_in_its_place, "move it"),
-    "another program's": (other_program, "move it away"),
-    "another schema": (other_schema, "mlflow db upgrade"),
-    "a deleted experiment": (deleted_experiment, "experiments restore"),
+    "garbage": (lambda path: path.write_bytes(b"garbage" * 999), put_back, "move it away"),
+    "a folder": (folder_in_its_place, put_back, "move it"),
+    "another program's": (other_program, put_back, "move it away"),
+    "another schema": (other_schema, first_schema, "mlflow db upgrade"),
+    "a deleted experiment": (delete_experiment, restore_experiment, "experiments restore"),
 }
 ADDRESSES = {
-    "nobody there": ("http://me:s3cr3t@127.0.0.1:9/?token=s3cr3t", "does not answer"),
-    "no such host": ("http://me:s3cr3t@no-such-host.invalid", "does not answer"),
+    "nobody there": ("http://me:s3cr3t@127.0.0.1:9/?token=s3cr3t", "cannot be used now"),
+    "no such host": ("http://me:s3cr3t@no-such-host.invalid", "cannot be used now"),
     "missing driver": ("postgresql+pg8000://me:s3cr3t@127.0.0.1:9/a", "package"),
     "unknown scheme": ("ftp://me:s3cr3t@127.0.0.1/a", "MLFLOW_TRACKING_URI"),
     "no address": ("http://me:s3cr3t@:x", "MLFLOW_TRACKING_URI"),
@@ -575,19 +593,13 @@ def assert_file_waits(machine: Machine, cure: str, capsys: pytest.CaptureFixture
 def test_a_spoiled_store_is_named_with_its_cure_and_the_file_waits(
     machine: Machine, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    database, (spoil, cure) = machine.root / "mlflow.db", SPOILED[kind]
-    kept = database.read_bytes()
+    database, (spoil, repair, cure) = machine.root / "mlflow.db", SPOILED[kind]
+    shutil.copy(database, machine.root / "kept.db")
     spoil(database)
-    spoiled = None if database.is_dir() else database.read_bytes()
+    spoiled = [] if database.is_dir() else database.read_bytes()
     file = assert_file_waits(machine, cure, capsys)
-    if spoiled is not None:
-        assert database.read_bytes() == spoiled
-        database.unlink()
-    else:
-        database.rmdir()
-    for log in database.parent.glob("mlflow.db-*"):
-        log.unlink()
-    database.write_bytes(kept)
+    assert spoiled == (list(database.iterdir()) if database.is_dir() else database.read_bytes())
+    repair(database)
     assert list(tracking.sync(machine)) == [(file, "uploaded")]
     assert runs(machine)["classify/x"].info.status == "FINISHED"
 
@@ -669,7 +681,7 @@ def test_a_server_that_is_silent_then_answers(
     file = finished(machine)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "python -m pipeline sync" in said
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(UserError, match="cannot be used now"):
         list(tracking.sync(machine))
     proxy.open.set()
     deadline = time.monotonic() + PATIENCE
@@ -740,16 +752,6 @@ def test_a_relative_address_means_the_repository_in_a_queued_experiment(
     assert store._database(machine) == folder / "runs.db"
 
 
-def test_secrets_leave_an_address() -> None:
-    for secret in ("p@ss/w:rd", "a b", "%41?x#y", "'\""):
-        for address in (
-            f"http://me:{secret.replace(' ', '%20')}@host/a",
-            "http://h/?token=a%20b&x=p@ss/w:rd",
-        ):
-            said = store.masked(f"cannot reach {address} ({address}): no")
-            assert secret.replace(" ", "%20") not in said and "cannot reach http://" in said
-
-
 # ------------------------------------------------------------------------------- what people see
 
 
@@ -786,8 +788,7 @@ def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
     content = cv2.imencode(".png", photo)[1].tobytes()
     Path("photo.png").write_bytes(content)
     code = """
-        import base64, json, sys, mlflow
-        from fastapi.testclient import TestClient
+        import base64, json, mlflow, sys, threading, time, urllib.request, uvicorn
         from mlflow.pyfunc.scoring_server import init
         mlflow.set_tracking_uri(sys.argv[1])
         model = mlflow.pyfunc.load_model(sys.argv[3])
@@ -795,10 +796,16 @@ def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
         assert "/code/pipeline/" in pipeline.__file__, pipeline.__file__
         content = open(sys.argv[2], "rb").read()
         print(model.predict([{"picture": content}]).to_json())
+        server = uvicorn.Server(uvicorn.Config(init(model), port=0, log_level="critical"))
+        threading.Thread(target=server.run, daemon=True).start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
         record = {"picture": base64.b64encode(content).decode()}
-        request = {"dataframe_records": [record]}
-        answer = TestClient(init(model)).post("/invocations", json=request)
-        print(answer.text)
+        body = json.dumps({"dataframe_records": [record]}).encode()
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, kind)
+        print(urllib.request.urlopen(request).read().decode())
     """
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -813,7 +820,6 @@ def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
     assert direct["classes"]["0"] == served["predictions"][0]["classes"] == list(best)
     for shares in (direct["shares"]["0"], served["predictions"][0]["shares"]):
         assert shares == pytest.approx(list(best.values()), abs=1e-5)
-    assert base64.b64decode(base64.b64encode(content)) == content
 
 
 UI = """
@@ -832,7 +838,7 @@ def test_ui_serves_until_it_is_ended_and_leaves_nothing_behind(machine: Machine)
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith(f"MLflow: http://127.0.0.1:{port}/#/experiments/") and answers(port)
-    with pytest.raises(UserError, match=f"port {port}: cannot be used .*--port"):
+    with pytest.raises(UserError, match=f"port {port}: .*; choose another with --port"):
         store.ui(machine, port)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE)
