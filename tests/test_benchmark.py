@@ -1,79 +1,97 @@
-"""The benchmark on tiny models: whole steps in turns, solvers to their limit, ratios to the reference."""
+"""The benchmark on tiny models: whole steps in turns, solvers to their limit, ratios."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from mdeq import Network
+from mdeq import Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network
+from mdeq.baselines import ResNetConfig
 from pipeline.machine import Machine
+from pipeline.params import BenchmarkModel, BenchmarkParams
+from pipeline.recipe import Adam, Sgd
 from pipeline.stages import benchmark
-from pipeline.train_params import BenchmarkParams
 
-SETTINGS = {
-    "batch": 4,
-    "image": 8,
-    "rounds": 3,
-    "warm_up": 1,
-    "reference": "explicit",
-    "models": {
-        "implicit": {
-            "model": {"kind": "mdeq", "channels": [8], "expansion": 1, "groups": 2},
-            "head": {"kind": "classification", "channels": [2], "final_channels": 8},
-            "forward": {"kind": "broyden", "steps": 5, "tolerance": 1.0},
-            "backward": {"kind": "implicit", "solver": {"kind": "gmres", "steps": 3, "tolerance": 1.0}},
-            "optimizer": {"kind": "sgd", "lr": 0.1},
-        },
-        "explicit": {"model": {"kind": "resnet18", "width": 1}, "optimizer": {"kind": "adam", "lr": 0.1}},
+PARAMS = BenchmarkParams(
+    batch=4,
+    image=8,
+    rounds=5,
+    warm_up=1,
+    reference="explicit",
+    models={
+        "implicit": BenchmarkModel(
+            model=MDEQConfig((8,), expansion=1, groups=2),
+            head=ClassificationHeadConfig((2,), 8),
+            forward=Broyden(steps=5, tolerance=1.0),
+            backward=Implicit(Gmres(steps=3, tolerance=1.0)),
+            optimizer=Sgd(lr=0.1),
+        ),
+        "explicit": BenchmarkModel(model=ResNetConfig(width=1), optimizer=Adam(lr=0.1)),
     },
-}
-
-
-@pytest.fixture
-def params() -> BenchmarkParams:
-    return BenchmarkParams.model_validate_json(json.dumps(SETTINGS))
+)
 
 
 def test_models_take_turns_and_solvers_run_to_their_limit(
-    params: BenchmarkParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[int] = []
     step = benchmark.Trainee.step
-    monkeypatch.setattr(benchmark.Trainee, "step", lambda own: order.append(own.facts["parameters"]) or step(own))
-    seconds, facts = benchmark.measure_time(params, Machine(tmp_path))
-    assert order == [facts["implicit"]["parameters"], facts["explicit"]["parameters"]] * 4
-    assert [len(values) for values in seconds.values()] == [3, 3]
-    assert facts["implicit"]["forward_evaluations"] == 6 and facts["implicit"]["backward_evaluations"] == 3
-    assert "forward_evaluations" not in facts["explicit"]
+
+    def noted(own: benchmark.Trainee) -> None:
+        order.append(own.counts["parameters"])
+        step(own)
+
+    monkeypatch.setattr(benchmark.Trainee, "step", noted)
+    times, counts = benchmark.measure_time(PARAMS, Machine(tmp_path))
+    assert order == [counts["implicit"]["parameters"], counts["explicit"]["parameters"]] * 6
+    assert times["model"].tolist() == ["implicit", "explicit"] * 5
+    assert times["round"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert counts["implicit"]["forward_evaluations"] == 6
+    assert counts["implicit"]["backward_evaluations"] == 3
+    assert "forward_evaluations" not in counts["explicit"]
 
 
-def test_a_step_is_a_whole_update(params: BenchmarkParams) -> None:
-    trainee = benchmark.Trainee(params.models["implicit"], params, "cpu")
+def test_a_step_is_a_whole_update() -> None:
+    trainee = benchmark.Trainee(PARAMS.models["implicit"], PARAMS, "cpu")
     assert isinstance(trainee.network, Network) and trainee.network.training
     before = [parameter.detach().clone() for parameter in trainee.network.parameters()]
     trainee.step()
-    assert any(not torch.equal(old, new) for old, new in zip(before, trainee.network.parameters(), strict=True))
+    pairs = zip(before, trainee.network.parameters(), strict=True)
+    assert any(not torch.equal(old, new) for old, new in pairs)
 
 
-def test_the_stage_writes_medians_relative_to_the_reference(
-    params: BenchmarkParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_stage_writes_numbers_facts_and_every_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "memory_in_fresh_process", lambda model, *_: 100 if model.head is None else 25)
-    benchmark.run(params, Machine(tmp_path))
-    record = json.loads(Path("results/benchmark/runtime.json").read_text())
-    implicit, explicit = record["models"]["implicit"], record["models"]["explicit"]
-    assert explicit["relative"] == {"time": 1.0, "memory": 1.0} and implicit["relative"]["memory"] == 0.25
-    assert implicit["seconds"] == sorted(implicit["seconds_all"])[1]
-    assert implicit["relative"]["time"] == pytest.approx(implicit["seconds"] / explicit["seconds"])
-    assert {"device", "threads", "torch", "commit", "batch"} <= set(record)
-    assert Path("results/benchmark/figure4b.png").is_file() and Path("results/benchmark/figure4b.svg").is_file()
+
+    def memory(model: BenchmarkModel, *_: object) -> int:
+        return 100 if model.head is None else 25
+
+    monkeypatch.setattr(benchmark, "memory_in_fresh_process", memory)
+    benchmark.run(PARAMS, Machine(tmp_path))
+    out = Path("results/benchmark")
+    names = "facts.json figure4b.png figure4b.svg metrics.json run.jsonl times.csv"
+    assert sorted(path.name for path in out.iterdir()) == names.split()
+    values = json.loads((out / "metrics.json").read_text())
+    assert all(type(value) in (int, float) for value in values.values())
+    assert values["explicit/relative_time"] == 1 == values["explicit/relative_memory"]
+    assert values["implicit/relative_memory"] == 0.25 and values["implicit/memory_bytes"] == 25
+    times = pd.read_csv(out / "times.csv").pivot(index="round", columns="model", values="seconds")
+    assert len(times) == 5
+    assert values["implicit/seconds"] == pytest.approx(sorted(times["implicit"])[2], rel=1e-4)
+    ratios = sorted(times["implicit"] / times["explicit"])
+    assert values["implicit/relative_time"] == pytest.approx(ratios[2], rel=1e-3)
+    facts = json.loads((out / "facts.json").read_text())
+    assert {"device", "threads", "torch", "commit", "batch", "run", "memory"} <= facts.keys()
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_the_model_alone(params: BenchmarkParams, tmp_path: Path) -> None:
-    measured = benchmark.memory_in_fresh_process(params.models["explicit"], params, Machine(tmp_path))
+def test_memory_is_that_of_the_model_alone(tmp_path: Path) -> None:
+    model = PARAMS.models["explicit"]
+    measured = benchmark.memory_in_fresh_process(model, PARAMS, Machine(tmp_path))
     assert 0 <= measured < 200 * 2**20  # torch itself takes more

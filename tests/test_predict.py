@@ -133,9 +133,7 @@ def test_a_photo_is_seen_as_the_evaluation_split_is(
 def test_street_scenes_are_drawn_under_names_of_their_own(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sources = [
-        Path(name) for name in ("a.png", "a_labels.png", "a.labels.png", "a.jpg", "other/a.png")
-    ]
+    """Same stems, two folders, a picture with the name of a label map: all are kept."""
     model = streets()
     Path("other").mkdir()
     sources = [

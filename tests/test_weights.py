@@ -1,64 +1,285 @@
-"""Published files become models of the pipeline; the presets have the published code's sizes."""
+"""Files of other formats become models; models are found by name; the zoo tells the whole story."""
 
+from __future__ import annotations
+
+import csv
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import weights
-from pipeline.checkpoints import CheckpointError, load_model
+from mdeq import MDEQConfig
+from mdeq.saved import Architecture
+from pipeline import files, params, weights
 from pipeline.data.cifar10 import CLASSES
-from pipeline.inference import Predictor
+from pipeline.errors import UserError
 from pipeline.machine import Machine
-from tests.test_checkpoints import Malicious
+from pipeline.predict import Predictor
+from pipeline.sets import SETS
+from pipeline.train.checkpoints import load_model, save_model
+from tests.toys import ARCHITECTURE, network
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "params" / "paper.yaml"
 REFERENCE = np.load(Path(__file__).parent / "reference" / "cifar10_mdeq_small.npz")
+SMALL = "cifar10-mdeq-small"
+PUBLISHED_SIZES = {  # of the models that the authors' code builds
+    SMALL: 158_890,
+    "cifar10-mdeq": 11_097_438,
+    "imagenet-mdeq-small": 16_808_936,
+    "imagenet-mdeq-large": 67_063_624,
+    "imagenet-mdeq-xl": 90_463_280,
+    "cityscapes-mdeq-small": 8_968_467,
+    "cityscapes-mdeq-large": 55_955_859,
+    "cityscapes-mdeq-xl": 79_551_755,
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED_SIZES.items())
+def test_every_preset_has_the_published_size(name: str, size: int) -> None:
+    dataset, _, model = name.partition("-")
+    preset = params.load(SETS[dataset].stage, model, PRESETS)
+    classes = SETS[dataset].classes
+    assert isinstance(preset.model, MDEQConfig)
+    with torch.device("meta"):
+        built = Architecture(preset.model, preset.head, classes, preset.forward).build()
+    assert sum(p.numel() for p in built.parameters()) == size
+
+
+# ---- the authors' checkpoints
 
 
 def published() -> dict[str, torch.Tensor]:
-    return {k.removeprefix("state/"): torch.from_numpy(REFERENCE[k]) for k in REFERENCE.files if k.startswith("state/")}
+    names = [name for name in REFERENCE.files if name.startswith("state/")]
+    return {name.removeprefix("state/"): torch.from_numpy(REFERENCE[name]) for name in names}
 
 
-def test_every_preset_has_the_published_size():
-    compared = [(count, size) for _, count, _, size in weights.sizes(PRESETS) if size]
-    assert len(compared) == 8
-    for count, size in compared:
-        assert f"{count:,}" == size
+def test_a_wrapped_published_file_becomes_a_model(here: Path) -> None:
+    state = {f"module.{name}": value for name, value in published().items()}
+    torch.save({"epoch": 50, "best_perf": np.float64(87.1), "state_dict": state}, "tiny.pkl")
+    path = weights.import_weights(Path("tiny.pkl"), SMALL, presets=PRESETS)
+    assert path == Path("results/classify/mdeq-small/model.safetensors")
+    model, _, facts = load_model(path)
+    assert facts["names"][3] == "cat" and facts["published"] == "tiny.pkl"
+    assert torch.equal(model.backbone.stem[0].weight, published()["downsample.0.weight"])
+    predictor = Predictor(path, Machine(here))
+    best = predictor.best(predictor(np.full((40, 60, 3), 90, np.uint8)).shares, 10)
+    assert set(best) == set(CLASSES) and sum(best.values()) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UserError, match="exists; name another file"):
+        weights.import_weights(Path("tiny.pkl"), SMALL, presets=PRESETS)
 
 
-def test_a_wrapped_published_file_becomes_a_model(tmp_path):
-    content = {
-        "epoch": 50,
-        "best_perf": np.float64(87.1),
-        "state_dict": {f"module.{k}": v for k, v in published().items()},
-    }
-    torch.save(content, tmp_path / "tiny.pkl")
-    path = weights.import_weights(tmp_path / "tiny.pkl", "cifar10-mdeq-small", tmp_path / "model.pt", PRESETS)
-    network, _, meta = load_model(path)
-    with torch.no_grad():
-        solved = network(torch.from_numpy(REFERENCE["input"]).float()).equilibrium.scales
-    assert meta["names"][3] == "cat" and all(torch.isfinite(z).all() for z in solved)
-    assert torch.equal(network.backbone.stem[0].weight, published()["downsample.0.weight"])
-    photo = np.full((40, 60, 3), 90, np.uint8)
-    best = (predictor := Predictor(path, Machine(tmp_path))).best(predictor(photo).value, 10)
-    assert {name for name, _ in best} == set(CLASSES) and sum(p for _, p in best) == pytest.approx(1, abs=1e-5)
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
 
 
-def test_what_does_not_fit_is_listed(tmp_path):
+def test_what_does_not_fit_is_listed(here: Path) -> None:
     state = published()
     del state["classifier.bias"]
-    torch.save(state, tmp_path / "less.pkl")
-    with pytest.raises(CheckpointError, match=r"head\.classifier\.bias"):
-        weights.import_weights(tmp_path / "less.pkl", "cifar10-mdeq-small", tmp_path / "model.pt", PRESETS)
-    torch.save(published() | {"mystery": torch.zeros(1)}, tmp_path / "more.pkl")
-    with pytest.raises(CheckpointError, match="mystery"):
-        weights.import_weights(tmp_path / "more.pkl", "cifar10-mdeq-small", tmp_path / "model.pt", PRESETS)
-    with pytest.raises(CheckpointError, match="begin with the set"):
-        weights.import_weights(tmp_path / "more.pkl", "mdeq-small", tmp_path / "model.pt", PRESETS)
-    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "evil.pkl")
-    with pytest.raises(CheckpointError, match="evil.pkl: damaged"):
-        weights.import_weights(tmp_path / "evil.pkl", "cifar10-mdeq-small", tmp_path / "model.pt", PRESETS)
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "model.pt").exists()
+    torch.save(state, "less.pkl")
+    torch.save(published() | {"mystery": torch.zeros(1), "riddle": torch.zeros(1)}, "more.pkl")
+    torch.save({"state_dict": Malicious()}, "evil.pkl")
+    torch.save({"state_dict": {"a": 1}}, "number.pkl")
+    torch.save({"state_dict": [1]}, "list.pkl")
+    torch.save([published()], "array.pkl")
+    Path("text.pkl").write_text("hello")
+    Path("empty.pkl").touch()
+    os.mkfifo("pipe.pkl")
+    for file, model, reason in (
+        ("less.pkl", SMALL, r"head\.classifier\.bias"),
+        ("more.pkl", SMALL, "mystery.*riddle"),
+        ("more.pkl", "mdeq-small", "--model mdeq-small: must name the preset"),
+        ("more.pkl", None, "must name the preset"),
+        ("more.pkl", "cifar10-nothing", "classify.nothing: is missing"),
+        ("evil.pkl", SMALL, "damaged, or not a checkpoint"),
+        ("number.pkl", SMALL, "'a' is not a tensor"),
+        ("list.pkl", SMALL, "no weights"),
+        ("array.pkl", SMALL, "not the checkpoint of a model"),
+        ("text.pkl", SMALL, "damaged"),
+        ("empty.pkl", SMALL, "damaged"),
+        ("pipe.pkl", SMALL, "no such file"),
+        ("none.pkl", SMALL, "no such file"),
+    ):
+        with pytest.raises(UserError, match=reason) as error:
+            weights.import_weights(Path(file), model, presets=PRESETS)
+        assert len(str(error.value).splitlines()) == 1
+    assert not Path("ran").exists() and not Path("results").exists()
+
+
+# ---- models of version 0.1
+
+
+def old(**changes: Any) -> dict[str, Any]:
+    """What version 0.1 saved as model.pt."""
+    model = {"channels": [8, 8], "expansion": 2, "groups": 4, "dropout": 0.3, "kind": "mdeq"}
+    content = {
+        "format": 1,
+        "architecture": {
+            "model": model,
+            "head": {"channels": [4, 4], "final_channels": 16, "kind": "classification"},
+            "classes": 2,
+            "forward": {"steps": 4, "tolerance": 1e-3, "kind": "broyden"},
+            "backward": {"steps": 1, "damping": 1.0, "kind": "phantom"},
+        },
+        "meta": {
+            "stage": "classify",
+            "model": "tiny",
+            "names": ["a", "b"],
+            "run_id": "r",
+            "params": {},
+        },
+        "state": network().state_dict(),
+    }
+    return content | changes
+
+
+def test_a_model_of_the_old_format_becomes_one_of_the_new(here: Path) -> None:
+    torch.save(old(), "model.pt")
+    path = weights.import_weights(Path("model.pt"), out=Path("new.safetensors"))
+    model, architecture, facts = load_model(path)
+    assert architecture.forward.steps == 4 and architecture.model == ARCHITECTURE.model
+    assert facts["dataset"] == "cifar10" and facts["run"] == "r"
+    images = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, network().eval()(images).logits)
+
+
+def test_malformed_old_models_are_one_line(here: Path) -> None:
+    whole = old()
+    less = dict(whole["state"])
+    less.pop("head.classifier.bias")
+    architecture = whole["architecture"]
+    for number, content in enumerate(
+        (
+            old(format=2),
+            old(architecture=None),
+            old(architecture={**architecture, "classes": -1}),
+            old(architecture={**architecture, "classes": 10**12}),
+            old(architecture={**architecture, "surprise": 1}),
+            old(architecture={**architecture, "head": None}),
+            old(architecture={**architecture, "model": {"kind": "perceptron"}}),
+            old(architecture={**architecture, "model": {**architecture["model"], "groups": "4"}}),
+            old(meta=None),
+            old(meta={}),
+            old(meta={"stage": ["classify"], "model": "tiny"}),
+            old(meta={"stage": "classify", "model": 5}),
+            old(state=None),
+            old(state={}),
+            old(state=less),
+            old(state={**whole["state"], "head.classifier.bias": torch.zeros(3)}),
+            old(state={**whole["state"], "head.classifier.bias": 7}),
+            old(state={**whole["state"], "more": torch.zeros(1)}),
+        )
+    ):
+        file = Path(f"{number}.pt")
+        torch.save(content, file)
+        with pytest.raises(UserError, match=f"{number}.pt: ") as error:
+            weights.import_weights(file, out=Path("new.safetensors"))
+        assert len(str(error.value).splitlines()) == 1
+    torch.save(whole, "whole.pt")
+    content = Path("whole.pt").read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 1):
+        Path("cut.pt").write_bytes(content[:size])
+        with pytest.raises(UserError, match="cut.pt: damaged"):
+            weights.import_weights(Path("cut.pt"), out=Path("new.safetensors"))
+    assert not Path("new.safetensors").exists()
+
+
+# ---- the zoo
+
+
+def results(source: str = "folder") -> None:
+    """What classify and evaluate leave of a tiny model."""
+    trained, evaluated = Path("results/classify/tiny"), Path("results/evaluate/cifar10-tiny")
+    facts = {
+        "stage": "classify",
+        "dataset": "cifar10",
+        "seed": 0,
+        "commit": "abc",
+        "params": {"batch": 2},
+    }
+    save_model(trained / "model.safetensors", network(), ARCHITECTURE, facts)
+    files.write_json(trained / "metrics.json", {"time/seconds": 7200.0, "parameters": 10})
+    files.write_json(trained / "facts.json", {"device": "abacus", "threads": 2, "cores": 64})
+    files.write_text(trained / "history.csv", "epoch,eval/top1\n1,50\n")
+    files.write_json(evaluated / "metrics.json", {"eval/top1": 60.0})
+    digest = files.file_digest(trained / "model.safetensors")
+    measured = {
+        "dataset": "cifar10",
+        "source": source,
+        "digest": "0",
+        "samples": 9,
+        "model_digest": digest,
+    }
+    files.write_json(evaluated / "facts.json", measured)
+    files.write_text(
+        evaluated / "by_steps.csv", "evaluations,accuracy,residual\n1,50,0.5\n2,60,0.1\n"
+    )
+    files.write_text(evaluated / "confusion.csv", "true,across,down\nacross,3,1\ndown,2,3\n")
+
+
+def test_a_published_model_has_its_card_and_is_found_by_name(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results()
+    monkeypatch.setattr(weights, "ZOO", here / "zoo")
+    path = weights.publish("classify", "tiny", "cifar10-tiny", here / "zoo")
+    card = json.loads((here / "zoo/cifar10-tiny.json").read_text())
+    assert card["core-hours"] == 4 and card["device"] == "abacus" and card["commit"] == "abc"
+    assert card["measured"] == {"eval/top1": 60.0} and card["params"] == {"batch": 2}
+    assert card["by evaluations of f"][1] == {"evaluations": 2, "accuracy": 60, "residual": 0.1}
+    assert card["confusion"] == {"true": ["across", "down"], "across": [3, 2], "down": [1, 3]}
+    with (here / "zoo/cifar10-tiny.csv").open() as file:
+        assert next(csv.DictReader(file))["eval/top1"] == "50"
+    assert weights.zoo() == ["cifar10-tiny"]
+    assert weights.find("cifar10-tiny") == weights.find(None) == path
+    assert path.read_bytes() == Path("results/classify/tiny/model.safetensors").read_bytes()
+    assert weights.find("tiny", "classify") == Path("results/classify/tiny/model.safetensors")
+    assert weights.find("results/classify/tiny/model.safetensors", "classify").is_file()
+    with pytest.raises(UserError, match="exists; choose another name"):
+        weights.publish("classify", "tiny", "cifar10-tiny", here / "zoo")
+
+
+def test_what_is_not_there_is_not_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "ZOO", here / "zoo")
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match="no model comes with this copy"):
+        weights.find(None)
+    for name in ("nothing", "pipe", "x" * 300, "a\0b", "."):
+        with pytest.raises(UserError, match="no such model file"):
+            weights.find(name)
+    with pytest.raises(
+        UserError, match="model.safetensors: .*run `python -m pipeline classify tiny`"
+    ):
+        weights.find("tiny", "classify")
+
+
+def test_the_zoo_takes_whole_results_of_real_data_alone(here: Path) -> None:
+    zoo = here / "zoo"
+    with pytest.raises(UserError, match="results/classify/tiny/metrics.json: no such file"):
+        weights.publish("classify", "tiny", "cifar10-tiny", zoo)
+    results("generated")
+    with pytest.raises(UserError, match="the zoo takes real data alone"):
+        weights.publish("classify", "tiny", "cifar10-tiny", zoo)
+    results()
+    save_model(Path("results/classify/tiny/model.safetensors"), network(), ARCHITECTURE, {})
+    with pytest.raises(UserError, match="results/evaluate/cifar10-tiny: of another model"):
+        weights.publish("classify", "tiny", "cifar10-tiny", zoo)
+    results()
+    Path("results/evaluate/cifar10-tiny/by_steps.csv").write_bytes(b"")
+    with pytest.raises(UserError, match="incomplete"):
+        weights.publish("classify", "tiny", "cifar10-tiny", zoo)
+    with pytest.raises(UserError, match=r"\.\./x: "):
+        weights.publish("classify", "tiny", "../x", zoo)
+    assert not zoo.exists()
