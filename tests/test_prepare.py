@@ -1,4 +1,4 @@
-"""prepare: a verified manifest, the same bytes on every run, every change noticed, no torch."""
+"""prepare: a verified manifest, the same bytes on every run, every change noticed, every damage repaired, no torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from pipeline.data import manifest
-from pipeline.data.generated import GeneratedCifar10, GeneratedCityscapes, GeneratedImageNet
-from pipeline.data.manifest import DataError, Manifest, data_root
+from pipeline.data import cifar10, generated, imagenet
+from pipeline.data.loading import Keys
+from pipeline.data.manifest import Manifest, data_root
+from pipeline.data.readers import evaluation_data
+from pipeline.errors import UserError
 from pipeline.machine import Machine
-from pipeline.params import PrepareParams
+from pipeline.settings import (
+    GeneratedCifar10,
+    GeneratedCityscapes,
+    GeneratedImageNet,
+    PrepareParams,
+)
 from pipeline.stages import prepare
 
 PARAMS = {
@@ -24,8 +35,11 @@ PARAMS = {
     "imagenet": PrepareParams(
         source="generated", generated=GeneratedImageNet(classes=2, train_per_class=2, val_per_class=1)
     ),
-    "cityscapes": PrepareParams(source="generated", generated=GeneratedCityscapes(train=2, val=1, height=32, width=64)),
+    "cityscapes": PrepareParams(
+        source="generated", generated=GeneratedCityscapes(train=2, val=1, height=32, width=64)
+    ),
 }
+FOLDER = PrepareParams(source="folder")
 
 
 @pytest.fixture
@@ -34,14 +48,41 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(root=tmp_path)
 
 
+@pytest.fixture
+def photos(machine: Machine) -> Path:
+    """A user's own ImageNet."""
+    root = machine.root / "data/imagenet"
+    generated.ensure(root, "imagenet", PARAMS["imagenet"].generated)  # type: ignore[arg-type]
+    (root / generated.NOTE).unlink()
+    return root
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files of ImageNet that are read."""
+    paths: list[str] = []
+    inspect = imagenet.inspect
+    monkeypatch.setattr(
+        imagenet, "inspect", lambda root, one: paths.append(one.files[0]) or inspect(root, one)
+    )
+    return paths
+
+
 def outputs(name: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path("results/data", name).iterdir())}
 
 
+def without_run(name: str) -> dict[str, bytes]:
+    """All but the record of the run, whose id and times are its own."""
+    return {file: content for file, content in outputs(name).items() if file != "run.jsonl"}
+
+
 @pytest.mark.parametrize("name", PARAMS)
-def test_outputs_and_the_same_bytes_again(name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_and_the_same_bytes_again(
+    name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare.run(name, PARAMS[name], machine)
-    first = outputs(name)
+    first, rest = outputs(name), without_run(name)
     assert set(first) == set(prepare.OUTPUTS)
     manifest = Manifest.read(Path("results/data", name, "manifest.csv"))
     root = data_root(name, "generated", machine)
@@ -49,56 +90,49 @@ def test_outputs_and_the_same_bytes_again(name: str, machine: Machine, monkeypat
     summary = json.loads(first["summary.json"])
     assert (summary["set"], summary["source"]) == (name, "generated")
     assert sum(summary["images"].values()) == {"cifar10": 30, "imagenet": 6, "cityscapes": 3}[name]
+    assert summary["classes"] == {"cifar10": 10, "imagenet": 2, "cityscapes": 19}[name]
     assert min(Image.open(f"results/data/{name}/contact_sheet.png").size) > 100
+    rows = [json.loads(line) for line in first["run.jsonl"].splitlines()]
+    assert rows[0]["stage"] == "prepare" and rows[-1]["status"] == "FINISHED"
 
     shutil.rmtree("results")  # as DVC does before a stage
-    monkeypatch.setattr(prepare.FORMATS[name], "inspect", None)  # nothing may be read again
-    prepare.run(name, PARAMS[name], machine)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.FORMATS[name], "inspect", None)  # nothing may be read again
+        prepare.run(name, PARAMS[name], machine)
     assert outputs(name) == first
 
-    monkeypatch.undo()
     shutil.rmtree(machine.root / "work")  # and from scratch
-    os.chdir(machine.root)
     prepare.run(name, PARAMS[name], machine)
-    assert outputs(name) == first
+    assert without_run(name) == rest
 
 
-def test_only_what_changed_is_read_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare.run("imagenet", PARAMS["imagenet"], machine)
-    machine.root.joinpath("data/generated/imagenet/generated.json").unlink()
-    folder = PrepareParams(source="folder")
-    shutil.move(machine.root / "data/generated/imagenet", machine.root / "data/imagenet")
-    prepare.run("imagenet", folder, machine)
-    before = outputs("imagenet")
-    changed = next((machine.root / "data/imagenet/train").rglob("*.JPEG"))
-    Image.new("RGB", (50, 40), "red").save(changed, "JPEG")
-    read = []
-    inspect = prepare.imagenet.inspect
-    monkeypatch.setattr(prepare.imagenet, "inspect", lambda root, found: read.append(found) or inspect(root, found))
-    prepare.run("imagenet", folder, machine)
-    assert [root.files[0] for root in read] == [changed.relative_to(machine.root / "data/imagenet").as_posix()]
-    assert outputs("imagenet")["manifest.csv"] != before["manifest.csv"]
-    assert json.loads(outputs("imagenet")["summary.json"])["counts"] == json.loads(before["summary.json"])["counts"]
-
-
-def test_after_a_broken_file_is_mended_the_rest_is_not_read_again(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+def test_only_what_changed_is_read_again(
+    machine: Machine, photos: Path, read: list[str]
 ) -> None:
-    prepare.run("imagenet", PARAMS["imagenet"], machine)
-    shutil.move(machine.root / "data/generated/imagenet", machine.root / "data/imagenet")
-    last = max((machine.root / "data/imagenet/val").rglob("*.JPEG"))
+    prepare.run("imagenet", FOLDER, machine)
+    before = outputs("imagenet")
+    changed = next((photos / "train").rglob("*.JPEG"))
+    Image.new("RGB", (50, 40), "red").save(changed, "JPEG")
+    read.clear()
+    prepare.run("imagenet", FOLDER, machine)
+    assert read == [changed.relative_to(photos).as_posix()]
+    after = outputs("imagenet")
+    assert all(after[output] != before[output] for output in prepare.OUTPUTS)
+
+
+def test_after_a_broken_file_is_repaired_the_rest_is_not_read_again(
+    machine: Machine, photos: Path, read: list[str]
+) -> None:
+    last = max((photos / "val").rglob("*.JPEG"))
     whole = last.read_bytes()
-    last.write_bytes(whole[:500])
-    with pytest.raises(DataError, match=last.name):
-        prepare.run("imagenet", PrepareParams(source="folder"), machine)
+    last.write_bytes(whole[:-400])
+    with pytest.raises(UserError, match=last.name):
+        prepare.run("imagenet", FOLDER, machine)
+    assert not Path("results").exists()
     last.write_bytes(whole)
-    read = []
-    inspect = prepare.imagenet.inspect
-    monkeypatch.setattr(
-        prepare.imagenet, "inspect", lambda root, found: read.append(found.files) or inspect(root, found)
-    )
-    prepare.run("imagenet", PrepareParams(source="folder"), machine)
-    assert read == [(last.relative_to(machine.root / "data/imagenet").as_posix(),)]
+    read.clear()
+    prepare.run("imagenet", FOLDER, machine)
+    assert read == [last.relative_to(photos).as_posix()]
 
 
 def test_a_manifest_does_not_depend_on_where_the_data_lie(machine: Machine, tmp_path: Path) -> None:
@@ -107,56 +141,145 @@ def test_a_manifest_does_not_depend_on_where_the_data_lie(machine: Machine, tmp_
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(machine.root / "data/generated/cityscapes", elsewhere)
     moved = Machine(root=tmp_path / "other", data_roots={"cityscapes": elsewhere})
-    prepare.run("cityscapes", PrepareParams(source="folder"), moved)
+    prepare.run("cityscapes", FOLDER, moved)
     assert outputs("cityscapes")["manifest.csv"] == before
 
 
-@pytest.mark.parametrize(
-    ("name", "missing"), [("cifar10", "data_batch_1"), ("imagenet", "train"), ("cityscapes", "train")]
-)
-def test_missing_data_are_one_line_that_names_the_place(name: str, missing: str, machine: Machine) -> None:
-    with pytest.raises(DataError, match=f"{missing}: no such") as caught:
-        prepare.run(name, PrepareParams(source="folder"), machine)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("name", PARAMS)
+def test_missing_data_are_one_line_that_names_the_place(name: str, machine: Machine) -> None:
+    with pytest.raises(UserError, match=f"data/{name}/.*: no such folder; .*put") as caught:
+        prepare.run(name, FOLDER, machine)
+    assert str(caught.value).isprintable()
     assert not Path("results").exists()
 
 
-def test_an_error_in_the_data_names_the_file_and_leaves_no_outputs(machine: Machine) -> None:
-    prepare.run("imagenet", PARAMS["imagenet"], machine)
-    shutil.move(machine.root / "data/generated/imagenet", machine.root / "data/imagenet")
-    shutil.rmtree("results")
-    broken = next((machine.root / "data/imagenet/val").rglob("*.JPEG"))
-    broken.write_bytes(broken.read_bytes()[:-400])
-    with pytest.raises(DataError, match=broken.name):
-        prepare.run("imagenet", PrepareParams(source="folder"), machine)
-    assert not Path("results").exists()
+def test_files_and_classes_may_have_any_name(machine: Machine, photos: Path) -> None:
+    odd = os.fsdecode(b"\xe9 $x_1$\n<b>,\"'\r")
+    for split in ("train", "val"):
+        folder = next(path for path in sorted((photos / split).iterdir()))
+        next(folder.iterdir()).rename(folder / f"{odd}.JPEG")
+        folder.rename(photos / split / odd)
+    prepare.run("imagenet", FOLDER, machine)
+    dataset = evaluation_data("imagenet", {"params": {"image": 24}}, machine)
+    assert odd in dataset.names and dataset[Keys(0, [0, 1])][0].isfinite().all()
+    assert odd in json.loads(outputs("imagenet")["summary.json"])["counts"]["train"]
 
 
-def test_a_manifest_that_is_none_says_so(tmp_path: Path) -> None:
-    for content in (None, "", "path,split\n", "path,split\na\n"):
-        path = tmp_path / "manifest.csv"
-        if content is not None:
-            path.write_text(content)
-        with pytest.raises(DataError, match=r"manifest\.csv.*prepare"):
-            Manifest.read(path)
+# ---- damage
 
 
-def test_long_work_writes_plain_lines_into_a_log(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+KEPT = "work/prepare-imagenet"
+DAMAGED = [f"{KEPT}/{name}" for name in (*prepare.OUTPUTS, prepare.ROWS, prepare.PROOF)]
+DAMAGED += [f"results/data/imagenet/{name}" for name in prepare.OUTPUTS]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def as_a_folder(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("spoil", [flip, lambda path: path.write_bytes(b""), Path.unlink, as_a_folder])
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_any_damage_is_repaired_by_the_same_command(
+    machine: Machine, photos: Path, damaged: str, spoil: Callable[[Path], Any]
 ) -> None:
-    monkeypatch.setattr(manifest, "SECONDS_A_LINE", 0.0)
-    assert list(manifest.progress(range(2), "Reading the data", 1500)) == [0, 1]
-    assert capsys.readouterr().err == "Reading the data: 1 of 1,500\nReading the data: 2 of 1,500\n"
+    prepare.run("imagenet", FOLDER, machine)
+    first = without_run("imagenet")
+    spoil(Path(damaged))
+    prepare.run("imagenet", FOLDER, machine)
+    assert without_run("imagenet") == first
+    evaluation_data("imagenet", {"params": {"image": 24}}, machine)[Keys(0, [0, 1])]
 
 
-def test_the_stage_does_not_import_torch(machine: Machine) -> None:
+def test_linked_outputs_are_replaced_never_written_through(machine: Machine, photos: Path) -> None:
+    prepare.run("imagenet", FOLDER, machine)
+    before = outputs("imagenet")
+    for output in prepare.OUTPUTS:
+        os.link(f"results/data/imagenet/{output}", f"cached-{output}")
+    flip(next((photos / "train").rglob("*.JPEG")))
+    Image.new("RGB", (50, 40), "red").save(next((photos / "train").rglob("*.JPEG")), "JPEG")
+    prepare.run("imagenet", FOLDER, machine)
+    assert {output: Path(f"cached-{output}").read_bytes() for output in before} == before
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Does `work` in a process that is killed before its `number`th change of the disk; whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+                count += 1
+                if count == number:
+                    os._exit(9)
+
+        sys.addaudithook(watch)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def archive(machine: Machine) -> None:
+    """CIFAR-10's official archive, not unpacked."""
+    root = machine.root / "data/cifar10"
+    generated.ensure(machine.root / "drawn", "cifar10", PARAMS["cifar10"].generated)  # type: ignore[arg-type]
+    root.mkdir(parents=True)
+    with tarfile.open(root / cifar10.ARCHIVE, "w:gz") as tar:
+        tar.add(machine.root / "drawn" / cifar10.FOLDER, cifar10.FOLDER)
+
+
+@pytest.mark.parametrize("source", ["archive", "generated", "generated anew"])
+def test_killed_at_any_moment_the_same_command_gives_the_same(
+    machine: Machine, tmp_path: Path, source: str
+) -> None:
+    params = replace(PARAMS["cifar10"])
+    if source == "archive":
+        archive(machine)
+        params = FOLDER
+    if source == "generated anew":
+        other = GeneratedCifar10(train=10, test=10, seed=5)
+        prepare.run("cifar10", PrepareParams(source="generated", generated=other), machine)
+    start = tmp_path.with_name(f"{tmp_path.name}-start")
+    shutil.copytree(tmp_path, start)
+    prepare.run("cifar10", params, machine)
+    first, files = without_run("cifar10"), tree(tmp_path)
+    number = 1
+    while True:
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+        shutil.copytree(start, tmp_path, dirs_exist_ok=True)
+        if not killed_at(number, lambda: prepare.run("cifar10", params, machine)):
+            break
+        killed_at(max(1, number - 1), lambda: prepare.run("cifar10", params, machine))  # and again
+        prepare.run("cifar10", params, machine)
+        assert without_run("cifar10") == first, number
+        assert tree(tmp_path) == files, number
+        number += 1
+    assert number > 30
+
+
+def test_the_stage_does_not_import_torch(machine: Machine, repository: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from pipeline.stages import prepare; from pipeline.machine import Machine\n"
-        "from pipeline.params import PrepareParams; from pipeline.data.generated import GeneratedCityscapes\n"
+        "from pipeline.settings import GeneratedCityscapes, PrepareParams\n"
         "drawn = GeneratedCityscapes(train=1, val=1, height=32, width=64)\n"
         "p = PrepareParams(source='generated', generated=drawn)\n"
         "prepare.run('cityscapes', p, Machine(root=Path.cwd())); assert 'torch' not in sys.modules\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(repository)})

@@ -7,6 +7,7 @@ Cityscapes' label and instance ids.
 
 from __future__ import annotations
 
+import colorsys
 import io
 import json
 import pickle
@@ -40,11 +41,6 @@ WNIDS = {  # the ImageNet classes nearest to the ten objects
     "n02422106": "deer", "n02690373": "airplane", "n03095699": "ship", "n04285008": "automobile",
     "n04467665": "truck",
 }  # fmt: skip
-HABITATS = {  # what is far, what is near, and the paint of the thing
-    "airplane": "sky sky coat", "automobile": "brick asphalt coat", "bird": "sky leaves coat", "cat": "wood paving fur",
-    "deer": "leaves grass fur", "dog": "brick grass fur", "frog": "leaves water coat", "horse": "sky grass fur",
-    "ship": "sky water coat", "truck": "sky asphalt coat",
-}  # fmt: skip
 CITIES = {"train": ("aachen", "bremen", "jena", "ulm", "zurich"), "val": ("frankfurt", "lindau")}
 FINE = 2  # pictures are drawn this many times larger, then shrunk
 ANGLES = np.linspace(0, 2 * np.pi, 24, endpoint=False)
@@ -52,7 +48,6 @@ CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
 PAINTS = {
     name: [np.array(list(bytes.fromhex(colour)), np.float64) for colour in colours.split()]
     for name, colours in {
-        "fur": "c08040 8a5a34 5c3c24 d8b078 38302c e8e0d0", "water": "3c7c9c 4c8cb0 2c6480",
         "asphalt": "56565a 626266 4a4a50", "paving": "b0a090 a89ca0 bcac98", "grass": "8a9a4c 7c9444 96a458",
         "sky": "8cb8e8 a8c8ec c4d8ec", "brick": "a05a46 b06a50 8c5446 c08a70", "stone": "d0c8b4 c4bca0 dcd4c4",
         "wood": "6e4a30 5c3e2a 7c5638", "leaves": "2e5a2a 3a6a30 264e2c", "bark": "4a3828", "pane": "3c4a60 50607a",
@@ -162,29 +157,41 @@ class Canvas:
 
 
 def photo(rng: Rng, kind: str, height: int, width: int) -> Array:
-    """A picture (height, width, 3), RGB uint8, of an object of `kind` where such things are."""
+    """A picture (height, width, 3), RGB uint8, of an object of `kind`: dark on a light ground, or light on a dark one."""
     canvas = Canvas(rng, height, width)
     short = min(canvas.height, canvas.width)
-    far, near, coats = HABITATS[kind].split()
-    canvas.paint[:] = canvas.choose(far, 20).clip(0, 255)
-    edge = int(canvas.height * rng.uniform(0.4, 0.9))
-    canvas.paint[edge:] = canvas.choose(near, 20).clip(0, 255)
-    for _ in range(rng.integers(0, 5)):  # things out of focus
+    pale, strong = ((0.05, 0.75), (0.3, 1.0)), ((0.4, 0.2), (0.9, 0.6))
+    ground, thing = (pale, strong) if rng.random() < 0.5 else (strong, pale)
+    far, near = _colour(rng, ground), _colour(rng, ground)
+    canvas.paint[:] = far
+    canvas.paint[int(canvas.height * rng.uniform(0.5, 0.9)) :] = near
+    for _ in range(rng.integers(0, 3)):  # out of focus
         spot = CIRCLE * rng.uniform(0.03, 0.14, 2) + rng.uniform(0, 1, 2)
-        canvas.put(spot * (canvas.width, canvas.height), canvas.choose("coat"))
+        canvas.put(spot * (canvas.width, canvas.height), _colour(rng, ground))
     canvas.paint[:] = cv2.GaussianBlur(canvas.paint, (0, 0), short / 60)
-    size = short / 2 * rng.uniform(0.7, 0.95)
-    middle = np.array([canvas.width, canvas.height]) / 2
-    centre = middle + (middle - 0.85 * size).clip(0) * rng.uniform(-1, 1, 2)
-    ground = canvas.paint[int(centre[1]), int(centre[0])]
-    coat = max((canvas.choose(coats) for _ in range(3)), key=lambda own: np.abs(own - ground).sum())
-    paints = {"coat": coat, "second": canvas.choose("coat"), "far": coat * 0.65, "dark": coat * 0.15}
-    paints["glass"] = np.full(3, 215.0)
-    turn, side = rng.uniform(-0.2, 0.2), rng.choice((-1, 1))
-    frame = size * np.array([[np.cos(turn) * side, -np.sin(turn)], [np.sin(turn) * side, np.cos(turn)]])
+    coat, second = _apart(rng, thing, far, near), _colour(rng, thing)
+    paints = {"coat": coat, "second": second, "far": coat * 0.65, "dark": coat * 0.15}
+    paints["glass"] = np.full(3, 235.0)
+    size = short / 2 * rng.uniform(0.7, 0.9)
+    centre = np.array([canvas.width, canvas.height]) / 2 * rng.uniform(0.75, 1.25, 2)
+    turn, side = rng.uniform(-0.15, 0.15), rng.choice((-1, 1))
+    right, down = (np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))
+    frame = size * np.array([np.multiply(side, right), down])
     for part in DRAWINGS[kind]:
-        canvas.put(part.points @ frame.T + centre, paints[part.paint], None, part.line * size)
+        canvas.put(part.points @ frame + centre, paints[part.paint], None, part.line * size)
     return canvas.seen()
+
+
+def _colour(rng: Rng, ranges: tuple[tuple[float, float], tuple[float, float]]) -> Array:
+    """Any hue, with saturation and value between two pairs of bounds."""
+    saturation, value = rng.uniform(*ranges)
+    return np.array(colorsys.hsv_to_rgb(rng.random(), saturation, value)) * 255
+
+
+def _apart(rng: Rng, ranges: tuple[Any, Any], *others: Array) -> Array:
+    """Of a few colours the one farthest from the nearest of others."""
+    colours = [_colour(rng, ranges) for _ in range(5)]
+    return max(colours, key=lambda own: min(np.abs(own - other).sum() for other in others))
 
 
 # ---- streets
