@@ -5,11 +5,11 @@ Names of models, classes and data may hold any characters; none is read as mathe
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,7 @@ def save(figure: Figure, path: Path) -> None:
     if path.suffix == ".svg":
         options = {"transparent": True, "metadata": {"Date": None}}
     buffer = io.BytesIO()
-    with _style({"svg.hashsalt": path.stem}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a script that no font here has
+    with _style({"svg.hashsalt": path.stem}):
         figure.savefig(buffer, format=path.suffix[1:], **options)
     content = buffer.getvalue()
     if path.suffix == ".svg":
@@ -104,9 +103,12 @@ def save(figure: Figure, path: Path) -> None:
     write(path, content)
 
 
-def _style(changes: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def _style(changes: dict[str, Any] | None = None) -> Iterator[None]:
     settings: Any = _SETTINGS | (changes or {})
-    return matplotlib.rc_context(settings)
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that no font here has
+        yield
 
 
 def _titled(figure: Figure, title: str) -> Figure:
@@ -162,7 +164,7 @@ def lines(panels: Sequence[Panel], xlabel: str, columns: int = 0, share: bool = 
                 last = _curve(axes, samples, colour, dashed=label.endswith(UNROLLED))
                 if panel.value is not None and last is not None:
                     number = f"  {last:{panel.value}}" if panel.value else ""
-                    ends.append((axes, last, display(label) + number, colour))
+                    ends.append((axes, last, display(label, 26) + number, colour))
         figure.draw_without_rendering()  # gives the axes their size
         for axes in grid.flat:
             _label_ends(axes, [end[1:] for end in ends if end[0] is axes])
@@ -191,7 +193,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     point = 72 / axes.figure.dpi
     gap, reach = 1.25 * SIZE / (box.height * point), 12 / (box.width * point)
     to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [float(to_axes.transform((1, y))[1]) for y, _, _ in ends]
+    heights = [float(np.clip(to_axes.transform((1, y))[1], 0, 1)) for y, _, _ in ends]
     places = list(heights)
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)
@@ -359,14 +361,14 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
     truth = counts.sum(1, keepdims=True)
     share = np.where(truth > 0, counts / np.maximum(truth, 1), np.nan)
     few = len(names) <= 20
-    side = 0.36 * len(names) + 2.4 if few else 8.0
+    side = max(4.5, 0.36 * len(names) + 2.4) if few else 8.0
     with _style({"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(side + 0.7, side), layout="constrained")
         axes = figure.subplots()
         colours = _BLUES.with_extremes(bad="#e9eaec")
         image = axes.imshow(share, cmap=colours, vmin=0, vmax=1, interpolation="none")
         if few:
-            shown = [display(name, 24) for name in names]
+            shown = [display(name, 18) for name in names]
             axes.set_xticks(
                 range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor"
             )

@@ -243,7 +243,9 @@ def _figure4b(results: Results) -> Record:
                 "memory": _print(memory / 2**20, "{:.0f} MiB"),
                 "paper": [printed.get(measure, "–") for measure in ratios],
                 "here": [_print(ratios[measure][model], "{:.2f}") for measure in ratios],
-                "range": f"{rounds[model].min():.2f} to {rounds[model].max():.2f}",
+                "range": " to ".join(
+                    _print(end, "{:.2f}") for end in rounds[model].agg(["min", "max"])
+                ),
             }
             rows.append(own)
     claims = [_at_most(claim, ratios[claim["measure"]]) for claim in PAPER["figure4b"]["claims"]]

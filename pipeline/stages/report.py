@@ -32,6 +32,7 @@ def run(machine: Machine) -> None:
     """
     results = report.read(ROOT)
     shutil.rmtree(OUT / "figures", ignore_errors=True)
+    (OUT / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in drawings(results).items():
         figures.save(figure, OUT / "figures" / f"{name}.svg")
     record = report.build(results)
