@@ -1,7 +1,6 @@
 """What a person sees of long work: a bar on a terminal, a line every half minute in a log.
 
-A line that cannot be written (a closed or full stderr, a terminal of few characters) never stops the
-work.
+A line that cannot be written (a closed or full stderr, an ASCII terminal) never stops the work.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Row = dict[str, float]
 
 
 def say(text: str) -> None:
-    """Writes a line to stderr; where that is impossible, this line and all later ones are dropped."""
+    """Writes a line to stderr; where that fails, this line and all later ones are dropped."""
     stream = sys.stderr
     if stream is None:  # closed before the start
         return
@@ -136,7 +135,7 @@ class Training:
             say(f"{self._title}: {text}")
 
     def _estimate(self, step: int, total: int, values: Row) -> None:
-        """Says how long the training will take, once per kind of update: unrolled ones are others."""
+        """Says how long the training will take, once for unrolled and once for implicit updates."""
         solves = "solver/nfe" in values
         now = time.monotonic()
         if self._first_step is None or solves != self._solves:

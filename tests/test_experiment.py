@@ -63,6 +63,7 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 def toy_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stripes stand for CIFAR-10, in an empty working directory."""
     monkeypatch.setattr(experiment, "read_summary", lambda name: SUMMARY)
+    monkeypatch.setattr(experiment, "source_digests", lambda stage, dataset: {})
     data = Stripes(32), Stripes(8)
     monkeypatch.setattr(experiment.readers, "training_data", lambda *arguments: data)
     monkeypatch.chdir(tmp_path)
@@ -78,7 +79,7 @@ def train(params: ClassifyParams = PARAMS, **options: Any) -> Path:
 
 
 def forked(folder: Path, action: Callable[[], object], kill_before: float = math.inf) -> int:
-    """Runs in `folder` until the n-th change of a file; how many there were, if it was not killed."""
+    """Runs in `folder`, to be killed before the n-th change of a file; the changes made if not."""
     folder.mkdir(exist_ok=True)
     reading, writing = os.pipe()
     child = os.fork()
@@ -254,7 +255,10 @@ def test_what_the_counts_forbid_is_said_before_the_training(tmp_path: Path) -> N
         train(long)
 
 
-def test_the_sources_of_a_training_are_part_of_its_identity() -> None:
+def test_the_sources_of_a_training_are_part_of_its_identity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
     found = set(experiment.source_digests("classify", "cifar10"))
     assert {"mdeq/model.py", "pipeline/train/loop.py", "pipeline/data/cifar10.py"} <= found
     assert {
@@ -295,21 +299,21 @@ def test_debugging_leaves_no_results_and_overfits_one_batch(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("params", "kinds"),
     [
-        (PARAMS, "2 from zero, 2 warm with 1 steps, of 16 samples, in 2 epochs"),
+        (PARAMS, ["2 implicit at ", "2 warm with 1 steps at ", "16 samples each"]),
         (
             replace(PARAMS, warm_start=None, warm_up=WarmUp(layers=2, steps=3)),
-            "3 unrolled, 1 implicit, of 16 samples, in 2 epochs",
+            ["3 unrolled at ", "1 implicit at ", "16 samples each"],
         ),
     ],
     ids=["warm starts", "warm-up"],
 )
 def test_a_rehearsal_measures_and_writes_nothing(
-    tmp_path: Path, params: ClassifyParams, kinds: str
+    tmp_path: Path, params: ClassifyParams, kinds: list[str]
 ) -> None:
     lines = dict(
         line.split(":", 1) for line in rehearsal.rehearse("classify", "toy", params, machine())
     )
-    assert lines["updates"].strip() == kinds
+    assert all(kind in lines["updates"] for kind in kinds)
     parameters = sum(p.numel() for p in ARCHITECTURE.build().parameters())
     assert f"{parameters:,} parameters" in lines["model"]
     assert "on this machine" in lines["in all"] and "GB" in lines["disk"]

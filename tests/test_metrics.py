@@ -1,4 +1,4 @@
-"""The measures against independent computations: sorting, sets of pixels, the official per-label formula."""
+"""The measures against sorting, sets of pixels, the official formula per label."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_our_miou_is_what_cityscapesscripts_computes() -> None:
 
 
 def test_logits_of_pixels_are_resized_to_their_labels() -> None:
-    """Bilinear between pixel centres: of two columns, the left half of the labels is nearer the left."""
+    """Bilinear between pixel centres: the left half of the labels is nearer the left column."""
     logits = torch.tensor([[[[5.0, -5.0]], [[-5.0, 5.0]]]])  # (1, 2 classes, 1, 2)
     metric = ConfusionMatrix(2)
     metric.update(logits, torch.tensor([[[0, 0, 1, 1]] * 2]))

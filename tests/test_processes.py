@@ -1,7 +1,7 @@
-"""Two real processes, and micro-batches, against one process with the same global batch: the same losses and measures.
+"""Two real processes, and micro-batches, give the losses and measures of one process.
 
-The batch statistics are frozen and nothing is dropped, so that theory asks for equality; all in float64. The last batch
-of an epoch has one sample: of its parts all but one are empty.
+The batch statistics are frozen and nothing is dropped, so that theory asks for equality; all in
+float64. The last batch of an epoch has one sample: of its parts all but one are empty.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Log = list[tuple[int, Row]]
 
 
 class Scenes:
-    """Noise whose brightness is its class; labels of the image, or of pixels of which an uneven part is void."""
+    """Noise whose brightness is its class; labels of images, or of pixels, unevenly void."""
 
     classes = CLASSES
 

@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     recipe = replace(recipe, checkpoint_minutes=minutes)
     whole, history = run(state(tmp_path / "a"), straight := Watcher(), recipe)
     with pytest.raises(Killed):
-        run(state(tmp_path / "b"), first := Watcher(stop), recipe)
+        run(state(tmp_path / "b"), Watcher(stop), recipe)
     resumed, again = run(state(tmp_path / "b"), watcher := Watcher(), recipe)
     assert same(whole, resumed)
     assert [untimed(row) for row in history] == [untimed(row) for row in again]
@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 
 def test_equilibria_that_are_lost_are_found_again_from_zero(tmp_path: Path) -> None:
-    """Lost inside the second epoch: that one and the third start at zero, the fourth starts warm."""
+    """Lost inside the second epoch: that one and the third start at zero, later ones warm."""
     recipe = replace(AIDED, epochs=5, checkpoint_minutes=OFTEN, warm_start=WarmStart((2,)))
     with pytest.raises(Killed):
         run(state(tmp_path), Watcher(stop=8), recipe)

@@ -1,7 +1,7 @@
 """Files that outlive a process: the resumable state of a training, and finished models.
 
-Both are whole or absent, carry a digest of their content that is verified when they are read, and hold
-nothing that is executed: a model is a safetensors file, a state is read with `weights_only=True`.
+Both are whole or absent and carry a digest of their content, which is verified when they are read.
+Nothing in them is executed: a model is a safetensors file, a state is read by `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ class RunState:
 
     Args:
         work: The folder of the stage's instance: work/<stage>-<model>.
-        identity: What the state belongs to (params, data, code, versions). Another identity has another
-            state.
+        identity: What the state belongs to: params, data, code, versions. Each has its own state.
         name: Of this training among those of the instance: its seed.
         position: Of the run file, called at each save and stored with the state.
     """
@@ -123,7 +122,7 @@ class RunState:
     def save(self, state: dict[str, Any]) -> None:
         """Stores the state; the one saved before stays until this one is whole.
 
-        From the second save on the states of other identities are no longer needed, and are deleted.
+        From the second save on, the states of other identities are deleted.
         """
         first = not self.path.exists()
         if first:
@@ -217,7 +216,7 @@ def delete_others(work: Path) -> None:
 
 
 def differences(work: Path, identity: dict[str, Any]) -> list[str]:
-    """The keys in which an older state of this instance differs from `identity`; empty without one."""
+    """The keys in which an older state of this instance, if any, differs from `identity`."""
     for other in _others(work):
         with contextlib.suppress(UserError):
             old = _flat(files.read_json(other / "identity.json", ""))

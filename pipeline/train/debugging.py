@@ -19,7 +19,7 @@ from pipeline.recipe import Debug, Recipe
 
 @dataclass(frozen=True)
 class Subset:
-    """Some samples of a data set; `epoch` fixes their augmentation, None lets it change as usual."""
+    """Some samples of a data set; `epoch` fixes their augmentation, None leaves it to the epoch."""
 
     whole: BatchDataset
     indices: np.ndarray

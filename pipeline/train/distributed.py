@@ -1,4 +1,4 @@
-"""One training over several processes, as torchrun starts them: each reads a part of every batch, all hold one model.
+"""One training over several processes, as torchrun starts them: one model, parts of every batch.
 
 Gradients are added up once per update, in one message: those of an equilibrium model all come out
 of the last vector-Jacobian product, when the adjoint is solved, so there is nothing to overlap.
@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group; without torchrun this does nothing.
+    """Inside, the processes that torchrun started are one group; without it nothing happens.
 
     Raises:
         UserError: The environment variables of torchrun are incomplete or contradict each other.
@@ -58,7 +58,7 @@ def count() -> int:
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replaces each tensor by its sum over the processes, all in one message; they share a dtype."""
+    """Replaces each tensor by its sum over the processes, in one message; they share a dtype."""
     if count() == 1:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -87,7 +87,7 @@ def from_all(value: Value) -> list[Value]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, as Python, CUDA, torch on a CPU or cuBLAS word it."""
+    """Whether memory ran out, as Python, CUDA, torch on a CPU or cuBLAS say it."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or any(sign in str(error) for sign in signs)

@@ -1,6 +1,6 @@
-"""What classify, pretrain and finetune share: a training per seed, resumable, recorded, with results.
+"""What classify, pretrain and finetune share: one training per seed, its record and its results.
 
-The resumable state lies in work/<stage>-<model>/<fingerprint>/, which DVC does not know; the results are
+The resumable state lies in work/<stage>-<model>/<fingerprint>/, unknown to DVC; the results are
 written at the end, each file whole, into results/<stage>/<model>/.
 """
 

@@ -1,10 +1,10 @@
 """The one training loop and the one evaluation loop. Needs torch and numpy alone.
 
-Everything random in a step is a function of (seed, step), everything random in a sample one of (seed,
-epoch, index): a run that is interrupted and resumed ends with the same weights, bit for bit, as one
-that was not. Several processes (torchrun) and several micro-batches per update make the update of the
-whole batch; docs/scaling.md says what remains of their number: batch statistics, dropout masks and
-Jacobian probes.
+Everything random in a step is a function of (seed, step), everything random in a sample one of
+(seed, epoch, index): a run that is interrupted and resumed ends with the same weights, bit for bit,
+as one that was not. Several processes (torchrun) and several micro-batches per update make the
+update of the whole batch; what depends on their number is in docs/scaling.md: batch statistics,
+dropout masks and Jacobian probes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Task:
     """What differs between data sets: the data, the loss, and a fresh metric for each validation.
 
     `weight` is the denominator of `loss`, which is a mean: it weighs the parts of a batch that are
-    computed separately. `validation_batch` is how many samples are validated at once, None for as many
-    as a process trains on at once; whole street scenes need more room than the crops trained on.
+    computed separately. `validation_batch` is how many samples are validated at once, None for as
+    many as a process trains on at once; whole scenes need more memory than the crops trained on.
     """
 
     train: BatchDataset
@@ -62,7 +62,7 @@ class Task:
 
 
 class Metric(Protocol):
-    """Accumulates over batches in `counts`, whole numbers; `compute` gives names such as eval/top1."""
+    """Accumulates over batches in `counts`, whole numbers; `compute` names them as in eval/top1."""
 
     counts: Tensor
 
@@ -72,7 +72,7 @@ class Metric(Protocol):
 
 
 class Store(Protocol):
-    """Keeps the resumable state; `folder` is for what goes with it, and `damaged` makes an error."""
+    """Keeps the resumable state, and in `folder` what goes with it; `damaged` makes an error."""
 
     folder: Path
 
@@ -146,8 +146,8 @@ def train(
         The history, one row per epoch.
 
     Raises:
-        UserError: A loss or gradient is not finite, or memory ran out, and no weight has changed since
-            the last update; or the stored state is not of this run.
+        UserError: A loss or gradient is not finite, or memory ran out, and no weight has changed
+            since the last update; or the stored state is not of this run.
         Stopped: Ctrl-C or SIGTERM; the state was saved first.
     """
     run = _Run(model.to(device), task, recipe, seed, device, workers, store, observer)
@@ -403,7 +403,7 @@ class _Run:
         self.state = _State(state.epoch + 1, step=state.step, seconds=seconds, history=history)
 
     def validate(self) -> Row:
-        """Validation at the equilibrium, and while the warm-up lasts unrolled, too (`_unrolled`)."""
+        """Validation at the equilibrium, and unrolled (`..._unrolled`) until the warm-up ends."""
         task, warm_up = self.task, self.recipe.warm_up
         row = self.evaluate(task.metric())
         if warm_up and self.state.step <= warm_up.steps:
@@ -553,7 +553,7 @@ def evaluate_split(
 
 
 def predict(model: nn.Module, images: Tensor, unroll_steps: int | None = None) -> Prediction:
-    """The prediction at the equilibrium, or of `unroll_steps` applications of f if model has one."""
+    """The prediction at the equilibrium, or after `unroll_steps` applications of an MDEQ's f."""
     if unroll_steps and isinstance(model, Network):
         return model(images, unroll_steps=unroll_steps)
     return model(images)

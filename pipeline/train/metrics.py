@@ -1,7 +1,7 @@
-"""What an evaluation measures: the paper's accuracies and IoU (Sec. 4), and how well equilibria were found.
+"""What an evaluation measures: accuracies and IoU (Sec. 4), and how well equilibria were found.
 
 Metrics have two methods, `update(logits, targets)` for each batch and `compute()`, and one state,
-`counts`: whole numbers on the device of the logits, which processes that share an evaluation add up.
+`counts`: whole numbers on the device of the logits, which several processes add up.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TopK:
         self.counts = self.counts.to(logits.device) + torch.stack(rows)
 
     def compute(self) -> dict[str, float]:
-        """`eval/top1`, `eval/top5` (more than five classes), `eval/macro`, in per cent; NaN if empty."""
+        """`eval/top1`, `eval/top5` (above five classes), `eval/macro` in per cent; NaN if empty."""
         samples, first, fifth = self.counts.cpu().numpy().astype(np.float64)
         present = samples > 0
         values = {"eval/top1": _percent(first.sum(), samples.sum())}
@@ -83,14 +83,14 @@ class ConfusionMatrix:
         self.counts = self.counts.to(targets.device) + counted.view(self.classes, self.classes)
 
     def iou(self) -> np.ndarray:
-        """Intersection over union per class (classes,); NaN where the labels never show the class."""
+        """Intersection over union (classes,); NaN where the labels never show the class."""
         counts = self.counts.cpu().numpy().astype(np.float64)
         hits, truth = counts.diagonal(), counts.sum(1)
         union = truth + counts.sum(0) - hits
         return np.where(truth > 0, hits / np.maximum(union, 1), np.nan)
 
     def compute(self) -> dict[str, float]:
-        """`eval/miou`, `eval/pixel_accuracy`, `eval/mean_accuracy` in per cent, `eval/classes_present`."""
+        """`eval/miou`, `eval/pixel_accuracy`, `eval/mean_accuracy`, `eval/classes_present`."""
         counts = self.counts.cpu().numpy().astype(np.float64)
         truth = counts.sum(1)
         present = truth > 0
@@ -119,10 +119,10 @@ class SolverStatistics:
     def compute(self) -> dict[str, float]:
         """The figures of the data set; empty if nothing was solved.
 
-        - `solver/relative_residual` and `..._max`: |f(z) - z| / |f(z)| of the answers, over the samples
-          that have a finite iterate; the others are counted in `solver/failed`.
+        - `solver/relative_residual`, `..._max`: |f(z) - z| / |f(z)| of the answers, of samples
+          with a finite iterate; the others are counted in `solver/failed`.
         - `solver/converged`: the share of samples whose residual reached the tolerance.
-        - `solver/nfe`, `solver/steps_to_best`: evaluations of f, and updates until the best iterate.
+        - `solver/nfe`, `solver/steps_to_best`: evaluations of f, updates until the best iterate.
         - `solver/residual_after_<k>`: the mean residual at the k-th evaluation of f.
         """
         if not len(self.samples):

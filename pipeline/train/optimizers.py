@@ -53,7 +53,7 @@ def schedule(step: int, total: int, warm_up: float) -> float:
 
 
 class MuonAndSgd(torch.optim.SGD):
-    """Muon (Jordan et al., 2024) for the convolutions of f, each as a matrix (outputs, rest); else SGD.
+    """Muon (Jordan et al., 2024) for f's convolutions as matrices (outputs, rest), else SGD.
 
     Muon is SGD on other gradients: each is replaced by the orthogonalised momentum before the step.
 

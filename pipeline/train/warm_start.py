@@ -1,4 +1,4 @@
-"""The equilibrium of each training sample, kept from one epoch to the next. Needs torch and numpy alone."""
+"""The equilibrium of each training sample, kept from one epoch to the next."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LastEquilibria:
     """Two memory-mapped files in bfloat16: an epoch reads one and writes the other.
 
     So an epoch that is resumed reads what the interrupted one did, and ends with the same weights.
-    Beside each file a mark says of which epoch it is whole; an epoch without the marked file of the one
-    before starts its solves at zero. Processes on one file system share the files; where they do not
-    share one, they all start at zero.
+    Beside each file a mark says of which epoch it is whole; an epoch that lacks the marked file of
+    the one before starts its solves at zero. Processes on one file system share the files; on
+    several, all start at zero.
 
     Args:
         folder: Of the files; made when the first state is written.
@@ -113,8 +113,8 @@ def _allocate(path: Path, size: int) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); warm_start needs {2 * size / 1e9:.1f} GB: "
-            "free that much, or set warm_start to null"
+            f"{path}: cannot be written ({error.strerror}); warm_start needs "
+            f"{2 * size / 1e9:.1f} GB: free that much, or set warm_start to null"
         ) from error
 
 
