@@ -343,7 +343,9 @@ class Reader:
         try:
             return _adapter(kind).validate_json(json.dumps(data))
         except ValidationError as error:
-            for each in error.errors(include_url=False):
+            found = error.errors(include_url=False)
+            wrong_members = [each for each in found if each["type"] != "too_short"]
+            for each in wrong_members or found:
                 where = (*keys, *(str(part) for part in each["loc"]))
                 self._wrong(where, _message(each["msg"], each["input"]))
             return None
@@ -368,6 +370,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 _WORDS = {
     "Input should be": "must be",
+    "Tuple should have": "must have",
+    " after validation, not 0": "",
     "a valid integer": "a whole number",
     "a valid number": "a number",
     "a valid boolean": "true or false",
