@@ -1,52 +1,67 @@
-"""Evaluation of tiny networks on tensors: official numbers, no neighbours, solver statistics, the files."""
+"""Evaluation of tiny networks on tensors: official numbers, no neighbours, files, all limits."""
 
 from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mdeq import Broyden, ClassificationHeadConfig, MDEQConfig, Network, Prediction, SegmentationHeadConfig
+from mdeq import (
+    Broyden,
+    ClassificationHeadConfig,
+    MDEQConfig,
+    Network,
+    Prediction,
+    SegmentationHeadConfig,
+)
 from mdeq.baselines import NarrowResNet18, ResNetConfig
-from pipeline import trained as trained_module
-from pipeline.checkpoints import Architecture, save_model
+from mdeq.saved import Architecture
+from pipeline import files, weights
 from pipeline.data import cityscapes
 from pipeline.data.loading import Keys
-from pipeline.data.manifest import DataError, checksum
+from pipeline.errors import UserError
 from pipeline.machine import Machine
-from pipeline.metrics import ConfusionMatrix
 from pipeline.params import EvaluateParams
-from pipeline.stages import evaluate
-from pipeline.trained import Trained, load
+from pipeline.sets import SETS
+from pipeline.stages import evaluate, writing
+from pipeline.train.checkpoints import save_model
+from pipeline.train.metrics import ConfusionMatrix
+from pipeline.weights import Trained
 
 CONFIG = MDEQConfig(channels=(8, 8), expansion=1, groups=2)
 HEAD = ClassificationHeadConfig(channels=(2, 2), final_channels=8)
 STEPS = 6
+PARAMS = EvaluateParams(batch=4, examples=5)
 
 
 class Split:
     """Tensors as a data set of batches."""
 
-    def __init__(self, images: torch.Tensor, targets: torch.Tensor, classes: int) -> None:
-        self.images, self.targets, self.classes, self.names = images, targets, classes, tuple("abcdefghij"[:classes])
+    def __init__(self, images: Tensor, targets: Tensor, classes: int) -> None:
+        self.images, self.targets, self.classes = images, targets, classes
+        self.names = tuple("abcdefghijklmnopqrstuvwxyz"[:classes])
+        self.frames = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
         return self.images[keys.indices], self.targets[keys.indices]
 
 
-def make(network: torch.nn.Module, split: Split, names: tuple[str, ...]) -> Trained:
-    facts: dict[str, str | int] = {"data/source": "generated", "data/digest": "0123", "samples": len(split)}
-    return Trained(network.double().eval(), split, names, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), facts)
+def make(network: torch.nn.Module, split: Split, dataset: str = "cifar10") -> Trained:
+    facts = {"model": "tiny", "source": "generated", "digest": "0123", "samples": len(split)}
+    return Trained("tiny", network.double().eval(), split, SETS[dataset], facts, "made-by")
 
 
 @pytest.fixture
@@ -54,7 +69,7 @@ def classifier() -> Trained:
     torch.manual_seed(0)
     images = torch.randn(11, 3, 8, 8, dtype=torch.float64)
     split = Split(images, torch.arange(11) % 7, 7)
-    return make(Network(CONFIG, HEAD, 7, Broyden(steps=STEPS, tolerance=0.0)), split, tuple("abcdefg"))
+    return make(Network(CONFIG, HEAD, 7, Broyden(steps=STEPS, tolerance=0.0)), split)
 
 
 @pytest.fixture
@@ -63,176 +78,210 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(tmp_path)
 
 
+def measured(
+    trained: Trained, machine: Machine, params: EvaluateParams = PARAMS
+) -> tuple[dict[str, float], ConfusionMatrix]:
+    return evaluate.evaluate(trained, params, machine, Path("predictions"))
+
+
 def test_the_numbers_are_those_of_each_sample_alone(classifier: Trained, machine: Machine) -> None:
-    values, matrix = evaluate.evaluate(classifier, 4, machine, "test")
+    values, matrix = measured(classifier, machine)
     logits, residuals = [], []
     for index in range(11):
-        images, _ = classifier.split[Keys(0, [index])]
         with torch.no_grad():
-            alone = classifier.network(images)
+            alone = classifier.network(classifier.split[Keys(0, [index])][0])
         logits.append(alone.logits[0])
         residuals.append(alone.equilibrium.solution.relative[0])
     order = torch.stack(logits).argsort(1, descending=True)
-    right = order == classifier.split.targets[:, None]  # type: ignore[attr-defined]
+    right = order == classifier.split.targets[:, None]
+    residual = torch.stack(residuals)
     assert values["eval/top1"] == pytest.approx(100 * right[:, 0].double().mean().item())
     assert values["eval/top5"] == pytest.approx(100 * right[:, :5].any(1).double().mean().item())
-    assert values["solver/relative_residual"] == pytest.approx(torch.stack(residuals).mean().item())
-    assert values["solver/relative_residual_max"] == pytest.approx(torch.stack(residuals).max().item())
-    assert values["solver/nfe"] == STEPS + 1
-    assert 0 < values["solver/steps_to_best"] <= STEPS
+    assert values["solver/relative_residual"] == pytest.approx(residual.mean().item())
+    assert values["solver/relative_residual_max"] == pytest.approx(residual.max().item())
+    assert values["solver/nfe"] == STEPS + 1 and matrix.counts.sum() == 11
     assert values["solver/converged"] == 0 == values["solver/failed"]
-    assert matrix.counts.sum() == 11
 
 
-def test_run_writes_its_files_with_the_steps_that_were_asked_for(
+def test_the_stage_writes_its_files_with_the_steps_that_were_asked_for(
     classifier: Trained, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "load", lambda *_: classifier)
-    evaluate.run("cifar10", "tiny", EvaluateParams(batch=4, steps=3, examples=5), machine)
+    monkeypatch.setattr(weights, "load", lambda *_: classifier)
     out = Path("results/evaluate/cifar10-tiny")
-    assert {file.name for file in out.iterdir()} == {
-        "metrics.json",
-        "confusion.csv",
-        "confusion.png",
-        "examples.png",
-    }
-    record = json.loads((out / "metrics.json").read_text())
-    assert record["solver/nfe"] == 4 and record["samples"] == 11 and record["data/source"] == "generated"
+    evaluate.run("cifar10", "tiny", replace(PARAMS, steps=3, accuracy_up_to=2), machine)
+    names = (
+        "by_steps.csv confusion.csv confusion.png examples.png facts.json metrics.json run.jsonl"
+    )
+    assert sorted(path.name for path in out.iterdir()) == names.split()
+    values = json.loads((out / "metrics.json").read_text())
+    assert values["solver/nfe"] == 4 and all(type(value) is float for value in values.values())
+    facts = json.loads((out / "facts.json").read_text())
+    assert facts["samples"] == 11 and facts["source"] == "generated" and facts["run"]
     with (out / "confusion.csv").open(newline="") as file:
         head, *rows = csv.reader(file)
     assert head == ["true", *"abcdefg"] and [row[0] for row in rows] == list("abcdefg")
     assert sum(int(cell) for row in rows for cell in row[1:]) == 11
+    assert len(pd.read_csv(out / "by_steps.csv")) == 2
+    record = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    assert {"tag": "builds_on", "value": "made-by"} in record
+    assert {row["step"] for row in record if "by_steps/accuracy" in row.get("metrics", {})} == {
+        1,
+        2,
+    }
 
 
-def test_segmentation_is_judged_at_the_size_of_the_labels(machine: Machine) -> None:
+def test_another_process_that_writes_the_same_results_is_refused(
+    classifier: Trained, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "load", lambda *_: classifier)
+    out = Path("results/evaluate/cifar10-tiny")
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+
+    def hold() -> None:
+        with writing(out, machine):
+            ready.set()
+            done.wait(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(UserError, match="cifar10-tiny: another process is writing it"):
+        evaluate.run("cifar10", "tiny", PARAMS, machine)
+    done.set()
+    other.join()
+    assert not list(out.iterdir())
+
+
+def segmenter(classes: int) -> Network:
     torch.manual_seed(0)
-    targets = torch.randint(0, 3, (3, 16, 24))
-    targets[:, :4] = 255
     config = MDEQConfig(channels=(8, 8), expansion=1, groups=2, downsamplings=2)
-    network = Network(config, SegmentationHeadConfig(), 3, Broyden(steps=STEPS))
-    whole = make(network, Split(torch.randn(3, 3, 16, 24, dtype=torch.float64), targets, 3), ("a", "b", "c"))
-    values, _ = evaluate.evaluate(whole, 2, machine, "test")
-    direct = ConfusionMatrix(3)
+    return Network(config, SegmentationHeadConfig(), classes, Broyden(steps=STEPS))
+
+
+def test_scenes_are_measured_at_the_size_of_their_labels_and_written_at_that_of_their_photos(
+    machine: Machine,
+) -> None:
+    network = segmenter(19)
+    targets = torch.randint(0, 19, (3, 16, 24))
+    targets[:, :4] = 255
+    split = Split(torch.randn(3, 3, 16, 24, dtype=torch.float64), targets, 19)
+    split.frames = tuple((f"leftImg8bit/val/ulm/ulm_{i}_leftImg8bit.png", 48, 32) for i in range(3))
+    whole = make(network, split, "cityscapes")
+    values, matrix = measured(whole, machine, replace(PARAMS, batch=2))
+    direct = ConfusionMatrix(19)
     with torch.no_grad():
-        small = network(whole.split[Keys(0, [0, 1, 2])][0]).logits
+        small = network(split.images).logits
     assert small.shape[2:] == (4, 6)
     large = interpolate(small, size=(16, 24), mode="bilinear", align_corners=True)
-    direct.update(large, targets)
+    direct.add(large.argmax(1), targets)
+    assert torch.equal(matrix.counts, direct.counts) and direct.counts.sum() == 3 * 12 * 24
     for name, value in direct.compute().items():
         assert values[name] == pytest.approx(value)
-    assert direct.counts.sum() == 3 * 12 * 24
     assert "eval/top1" not in values
-    assert len(evaluate.examples(whole, 2, machine, "test").axes) == 2 * 4
+    for number, answer in enumerate(large.argmax(1).numpy()):
+        ids = cv2.imread(f"predictions/ulm_{number}_pred_labelIds.png", cv2.IMREAD_UNCHANGED)
+        assert ids.shape == (32, 48)
+        assert np.array_equal(ids[::2, ::2], cityscapes.label_ids()[answer])
+    Path("predictions/stale.png").touch()
+    measured(whole, machine, replace(PARAMS, batch=1))
+    assert len(list(Path("predictions").iterdir())) == 3
+    assert len(evaluate.examples(whole, 2, "cpu").axes) == 2 * 4
 
 
-def test_mirrored_and_resized_views_are_averaged(machine: Machine) -> None:
-    """Pixels answered one by one: the mirrored view agrees, a view at half size is a resized answer."""
+class Pixelwise(torch.nn.Module):
+    """Answers pixels one by one."""
+
+    def forward(self, images: Tensor) -> Prediction:
+        return Prediction(3 * images, None)
+
+
+def test_mirrored_and_resized_views_are_averaged() -> None:
+    """The mirrored view agrees; a view at half size is a resized answer."""
     torch.manual_seed(0)
-
-    class Pixelwise(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> Prediction:
-            return Prediction(3 * images, None)
-
-    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
-    alone, _ = evaluate.predict(Pixelwise(), images, (16, 24))
-    mirrored, _ = evaluate.predict(Pixelwise(), images, (16, 24), [(1.0, False), (1.0, True)])
-    torch.testing.assert_close(mirrored, alone.softmax(1))
-    both, _ = evaluate.predict(Pixelwise(), images, (16, 24), [(1.0, False), (0.5, True)])
+    images = torch.randn(2, 3, 16, 24)
+    alone = evaluate.averaged(Pixelwise(), images).logits
+    assert torch.equal(alone, 3 * images)
+    mirrored = evaluate.averaged(Pixelwise(), images, [(1.0, False), (1.0, True)]).logits
+    torch.testing.assert_close(mirrored.exp(), alone.softmax(1))
+    both = evaluate.averaged(Pixelwise(), images, [(1.0, False), (0.5, True)]).logits
     half = interpolate(images, size=(8, 12), mode="bilinear", align_corners=True)
-    half = interpolate(half.float(), size=(16, 24), mode="bilinear", align_corners=True)
+    half = interpolate(half, size=(16, 24), mode="bilinear", align_corners=True)
     expected = (alone.softmax(1) + (3 * half).softmax(1)) / 2
-    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both.exp(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_written_scenes_score_officially_what_we_say_class_by_class(machine: Machine) -> None:
-    """The official tool reads our files: found by name, of the photo's size, each class's IoU ours to 1e-6."""
-    tool = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
-    rng = np.random.default_rng(0)
-    frames = tuple((f"leftImg8bit/val/ulm/ulm_{i:06}_000019_leftImg8bit.png", 24, 16) for i in range(3))
-    targets = rng.integers(0, 19, (3, 16, 24))
-    targets[:, :3] = 255
-    truths = []
-    for (path, _, _), train_ids in zip(frames, targets, strict=True):
-        ids = np.where(train_ids == 255, 3, cityscapes.label_ids()[train_ids.clip(max=18)])  # 3: out of roi
-        truths.append(Path(Path(path).name.replace("_leftImg8bit", "_gtFine_labelIds")))
-        assert cv2.imwrite(str(truths[-1]), ids.astype(np.uint8))
-
-    class Answers(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> Prediction:
-            return Prediction(images, None)
-
-    guesses = np.where(rng.random(targets.shape) < 0.6, targets.clip(max=18), rng.integers(0, 19, targets.shape))
-    scores = torch.nn.functional.one_hot(torch.from_numpy(guesses), 19).permute(0, 3, 1, 2).double()
-    scenes = replace(make(Answers(), Split(scores, torch.from_numpy(targets), 19), ("",) * 19), frames=frames)
-    folder = Path("predictions")
-    folder.mkdir()
-    values, matrix = evaluate.evaluate(scenes, 2, machine, "test", predictions=folder)
-    tool.args.predictionPath, tool.args.predictionWalk = str(folder.resolve()), None
-    tool.args.evalInstLevelScore = tool.args.JSONOutput = False
-    tool.args.quiet = True
-    pairs = [tool.getPrediction(tool.args, str(truth.resolve())) for truth in truths]
-    official = tool.evaluateImgLists(pairs, [str(truth) for truth in truths], tool.args)
-    by_class = [official["classScores"][name] for name in cityscapes.class_names()]
-    assert matrix.iou() == pytest.approx(by_class, abs=1e-6)
-    assert values["eval/miou"] == pytest.approx(100 * official["averageScoreClasses"], abs=1e-4)
-
-
-def test_accuracy_by_steps_is_that_of_a_solver_with_that_limit(classifier: Trained, machine: Machine) -> None:
-    params = EvaluateParams(batch=4, accuracy_up_to=4)
-    curve = evaluate.accuracy_by_steps(classifier, params, machine, "test")["by_steps"]
-    assert list(curve) == ["1", "2", "3", "4"]
-    for steps, value in curve.items():
+@pytest.mark.parametrize("segments", [False, True])
+def test_accuracy_and_residual_by_evaluations_are_those_of_a_solver_with_that_limit(
+    classifier: Trained, machine: Machine, segments: bool
+) -> None:
+    """Beyond the limit of the model, too; one evaluation after another of one solve per batch."""
+    trained, up_to = classifier, STEPS + 2
+    if segments:
+        labels = torch.randint(0, 3, (5, 16, 24))
+        images = torch.randn(5, 3, 16, 24, dtype=torch.float64)
+        trained = make(segmenter(3), Split(images, labels, 3), "cityscapes")
+    curve = evaluate.by_steps(trained, replace(PARAMS, accuracy_up_to=up_to), machine)
+    assert curve["evaluations"].tolist() == list(range(1, up_to + 1))
+    backbone = trained.network.backbone
+    for row in curve.itertuples():
+        backbone.forward_solver = replace(backbone.forward_solver, steps=row.evaluations)
         with torch.no_grad():
-            solver = Broyden(steps=int(steps), tolerance=0.0)
-            classifier.network.get_submodule("backbone").forward_solver = solver
-            answers = classifier.network(classifier.split[Keys(0, list(range(11)))][0]).logits.argmax(1)
-        right = answers == classifier.split.targets  # type: ignore[attr-defined]
-        assert value == pytest.approx(100 * right.double().mean().item())
-    assert evaluate.accuracy_by_steps(classifier, EvaluateParams(batch=4), machine, "test") == {}
-    unrolled = make(Network(replace(CONFIG, unrolled=2), HEAD, 7), classifier.split, classifier.names)  # type: ignore[arg-type]
-    assert evaluate.accuracy_by_steps(unrolled, params, machine, "test") == {}  # has no solver to limit
+            found = trained.network(trained.split.images)
+        measure = trained.measure()
+        measure.update(found.logits.float(), trained.split.targets)
+        assert row.accuracy == pytest.approx(measure.compute()[trained.dataset.measure])
+        residual = found.equilibrium.solution.relative.mean().item()
+        assert row.residual == pytest.approx(residual, rel=1e-6)
+    assert curve["residual"].iloc[-1] < curve["residual"].iloc[0]
 
 
-def test_an_explicit_model_has_no_solver(machine: Machine) -> None:
-    split = Split(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4), 10)
-    names = tuple("abcdefghij")
-    values, _ = evaluate.evaluate(make(NarrowResNet18(ResNetConfig(width=2), 10), split, names), 2, machine, "test")
-    assert {name for name in values if name.startswith("solver/")} == set()
-
-
-def test_a_sample_without_a_finite_iterate_is_counted_not_averaged(classifier: Trained) -> None:
-    solution = classifier.network(classifier.split[Keys(0, [0, 1])][0]).equilibrium.solution
-    solution.relative[0] = torch.inf
-    statistics = evaluate.SolverStatistics()
-    statistics.update(solution)
-    values = statistics.compute()
-    assert values["solver/failed"] == 1
-    assert values["solver/relative_residual"] == pytest.approx(float(solution.relative[1].detach()))
+def test_without_a_solver_there_is_no_curve(classifier: Trained, machine: Machine) -> None:
+    asked = replace(PARAMS, accuracy_up_to=3)
+    unrolled = make(Network(replace(CONFIG, unrolled=2), HEAD, 7), classifier.split)
+    explicit = make(NarrowResNet18(ResNetConfig(width=2), 7), classifier.split)
+    for trained, params in ((classifier, PARAMS), (unrolled, asked), (explicit, asked)):
+        curve = evaluate.by_steps(trained, params, machine)
+        assert list(curve.columns) == ["evaluations", "accuracy", "residual"] and not len(curve)
+    values, _ = measured(explicit, machine)
+    assert not any(name.startswith("solver/") for name in values)
 
 
 def test_a_picture_is_the_photo_again(classifier: Trained) -> None:
     photo = np.random.default_rng(0).random((8, 8, 3))
-    image = torch.from_numpy((photo - 0.5) / 0.25).permute(2, 0, 1)
-    assert np.allclose(classifier.picture(image), photo)
+    image = (photo - np.array(classifier.dataset.mean)) / np.array(classifier.dataset.std)
+    assert np.allclose(classifier.picture(torch.from_numpy(image).permute(2, 0, 1)), photo)
 
 
 def test_loading_says_what_is_missing_and_what_does_not_fit(
     classifier: Trained, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match="results/classify/tiny/model.pt: .*pipeline classify tiny"):
-        load("cifar10", "tiny", machine)
-    torch.manual_seed(0)
+    with pytest.raises(
+        UserError, match=r"results/classify/tiny/model\.safetensors: .*classify tiny"
+    ):
+        weights.load("cifar10", "tiny", machine)
     architecture = Architecture(CONFIG, HEAD, 7, Broyden(steps=STEPS))
-    save_model(Path("results/classify/tiny/model.pt"), architecture, architecture.build(), {"params": {}})
-    with pytest.raises(DataError, match="results/data/cifar10/summary.json: .*pipeline prepare cifar10"):
-        load("cifar10", "tiny", machine)
-    Path("results/data/cifar10").mkdir(parents=True)
-    Path("results/data/cifar10/manifest.csv").write_bytes(b"")
-    Path("results/data/cifar10/summary.json").write_text(json.dumps({"source": "folder", "manifest": checksum(b"")}))
-    monkeypatch.setattr(trained_module, "_open", lambda *_: classifier.split)
-    found = load("cifar10", "tiny", machine)
-    assert found.facts["samples"] == 11 and found.facts["data/source"] == "folder"
+    path, facts = (
+        Path("results/classify/tiny/model.safetensors"),
+        {"dataset": "cifar10", "run": "r"},
+    )
+    save_model(path, architecture.build(), architecture, facts | {"params": {}})
+    with pytest.raises(UserError, match=r"results/data/cifar10/.*: .*pipeline prepare cifar10"):
+        weights.load("cifar10", "tiny", machine)
+    with pytest.raises(UserError, match="trained on cifar10, not on imagenet"):
+        weights.load("imagenet", str(path), machine)
+    summary = {"source": "folder", "manifest": files.digest(b""), "images": {}}
+    files.write_json(Path("results/data/cifar10/summary.json"), summary)
+    files.write(Path("results/data/cifar10/manifest.csv"), b"")
+    monkeypatch.setattr(weights, "evaluation_data", lambda *_: classifier.split)
+    found = weights.load("cifar10", "tiny", machine)
+    assert found.name == "tiny" and found.built_on == "r"
+    assert found.facts["samples"] == 11 and found.facts["source"] == "folder"
+    elsewhere = Path("elsewhere/model.safetensors")
+    files.write(elsewhere, path.read_bytes())
+    digest = files.file_digest(path)[:8]
+    assert weights.load("cifar10", str(elsewhere), machine).name == f"model-{digest}"
     other = Split(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 10)
-    monkeypatch.setattr(trained_module, "_open", lambda *_: other)
-    with pytest.raises(DataError, match="trained for 7 classes, but the data have 10"):
-        load("cifar10", "tiny", machine)
+    monkeypatch.setattr(weights, "evaluation_data", lambda *_: other)
+    with pytest.raises(UserError, match="trained for 7 classes, the data have 10"):
+        weights.load("cifar10", "tiny", machine)

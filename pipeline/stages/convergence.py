@@ -241,7 +241,7 @@ def overview(trained: Trained, params: ConvergenceParams, device: str) -> Figure
         pictures = [part[0].permute(1, 2, 0).cpu().numpy() for part in parts]
         looks[evaluation] = pictures, logits.softmax(1)[0].cpu().numpy()
     photo, truth = trained.picture(images[0]), targets[0].numpy()
-    colours = cityscapes.colours()
+    colours = cityscapes.colours()[: len(cityscapes.class_names())]
     return figures.overview(photo, truth, looks, residuals, trained.names, colours)
 
 

@@ -202,7 +202,7 @@ def examples(trained: Trained, count: int, device: str) -> Figure:
         answers.append(logits[0].softmax(0).cpu().numpy())
     if trained.segments:
         labels = [answer.argmax(0) for answer in answers]
-        colours = cityscapes.colours()
+        colours = cityscapes.colours()[: len(trained.names)]
         return figures.segmented(photos, truths, labels, trained.names, colours, trained.title)
     classes = [int(truth) for truth in truths]
     return figures.classified(
