@@ -19,19 +19,11 @@ from pipeline.files import read_json, write_json
 MEMBER = 64 * 2**20  # bytes of an archive's file at most; a batch of CIFAR-10 has 31 million
 RATIO = 20  # the official archives hold pictures, which do not shrink
 NOTE = ".unpacked.json"
-DAMAGED = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-)
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 
 
 def unpack(archive: Path, target: Path, fill: Callable[[Path, Path], None]) -> None:
-    """Makes the folder `target` from `archive`, unless it is there; made from another archive, it is made anew.
+    """Makes the folder `target` from `archive`, unless it was made from this very archive.
 
     Args:
         archive: Nothing is done where there is none.
@@ -56,8 +48,8 @@ def unpack(archive: Path, target: Path, fill: Callable[[Path, Path], None]) -> N
 
 
 def fresh(folder: Path) -> Path:
-    """The path beside `folder` where its next content is made; what a killed process left is removed."""
-    partial, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "old"))
+    """Where the next content of `folder` is made; what a killed process left is removed."""
+    partial, old = _beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -65,13 +57,19 @@ def fresh(folder: Path) -> Path:
 
 
 def replace(folder: Path) -> None:
-    """Puts what was made at `fresh(folder)` in its place; killed in between, `folder` is missing, never mixed."""
-    partial, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "old"))
+    """Puts what was made at `fresh(folder)` in its place; a kill leaves it missing, never mixed."""
+    partial, old = _beside(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Names that nobody else uses, for what is made and what is replaced."""
+    partial, old = (f".{folder.name}.mdeq-{kind}" for kind in ("partial", "old"))
+    return folder.with_name(partial), folder.with_name(old)
 
 
 def tarred(
@@ -120,7 +118,7 @@ def zipped(archive: Path, pattern: str) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 class _Check:
-    """Refuses links, devices, other names and bombs: nothing lands outside its folder or fills the disk."""
+    """Refuses links, devices, other names and bombs."""
 
     def __init__(self, archive: Path, pattern: str) -> None:
         self.archive = archive
@@ -132,14 +130,12 @@ class _Check:
         if not plain or not self.pattern.fullmatch(name):
             raise fault(self.archive, f"holds {name!r}, which the official archive does not")
         if self.left < 0 or (size > MEMBER and not name.endswith(".tar")):
-            raise fault(
-                self.archive,
-                f"holds {name!r} of {size:,} bytes, far more than the official archive",
-            )
+            reason = f"holds {name!r} of {size:,} bytes, far more than the official archive"
+            raise fault(self.archive, reason)
 
 
 class _Pieces:
-    """An open file that is never read in pieces larger than a member: no header can ask for gigabytes."""
+    """An open file read in pieces of at most a member's size: no header can ask for more."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.tell, self.seek, self.seekable = file.tell, file.seek, file.seekable

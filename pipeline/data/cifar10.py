@@ -91,35 +91,26 @@ def read_split(root: Path, manifest: Path | None, split: str) -> tuple[np.ndarra
     return np.concatenate(images), np.concatenate(labels)
 
 
-# ---- what the prepare stage asks of every set
+# ---- what the prepare stage asks of every set, see `pipeline.stages.prepare.Format`
 
 
 def find(root: Path) -> list[Found]:
-    """The six batch files, each with the file of the class names.
-
-    Raises:
-        UserError: One is missing.
-    """
+    """The six batch files, each with the file of the class names."""
     if not (root / FOLDER).is_dir():
         raise fault(
             root / FOLDER,
-            f"no such folder; put it or {ARCHIVE} into {root}, or set prepare.cifar10.source to download or generated",
+            f"no such folder; put it or {ARCHIVE} into {root}, "
+            "or set prepare.cifar10.source to download or generated",
         )
     for name in (*BATCHES, "batches.meta"):
         if not (root / FOLDER / name).exists():
-            raise fault(
-                root / FOLDER / name,
-                f"no such file; put the whole {FOLDER} or {ARCHIVE} in its place",
-            )
+            reason = f"no such file; put the whole {FOLDER} or {ARCHIVE} in its place"
+            raise fault(root / FOLDER / name, reason)
     return [Found(split, (f"{FOLDER}/{name}", META)) for name, split in BATCHES.items()]
 
 
 def inspect(root: Path, found: Found) -> Row:
-    """The row of a batch file: its images, and how many of each class.
-
-    Raises:
-        UserError: It is not a batch.
-    """
+    """The row of a batch file: its images, and how many of each class."""
     path = found.files[0]
     content = read_file(root / path)
     images, labels = images_and_labels(content, root / path)
@@ -129,11 +120,7 @@ def inspect(root: Path, found: Found) -> Row:
 
 
 def check(root: Path, rows: list[Row]) -> None:
-    """Checks what no single batch shows: the names of the classes, and that each split has every class.
-
-    Raises:
-        UserError: They are others, or a class is missing.
-    """
+    """The classes have their names, and each split has every class."""
     names = read_batch(read_file(root / META), root / META).get(b"label_names")
     if names != [name.encode() for name in CLASSES]:
         raise fault(root / META, "label_names are not CIFAR-10's ten classes")
@@ -149,11 +136,7 @@ def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
 
 
 def unpack_archives(root: Path) -> None:
-    """Unpacks the official archive, where it lies in `root`.
-
-    Raises:
-        UserError: It is damaged, or not the official one.
-    """
+    """Unpacks the official archive, if it lies in `root`."""
     unpack(root / ARCHIVE, root / FOLDER, _unpack)
 
 
@@ -164,11 +147,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def download(root: Path) -> None:
-    """Fetches the official archive with torchvision, unless it is there.
-
-    Raises:
-        UserError: It cannot be fetched.
-    """
+    """Fetches the official archive with torchvision, unless it is there."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_url
 
@@ -183,7 +162,7 @@ def download(root: Path) -> None:
         raise fault(
             root,
             f"CIFAR-10 could not be downloaded ({error}); fetch {ARCHIVE} from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html by hand, put it there, and set the source to folder",
+            "https://www.cs.toronto.edu/~kriz/cifar.html by hand and put it there",
         ) from None
 
 

@@ -13,6 +13,7 @@ from pipeline.data.archives import unpack, zipped
 from pipeline.data.manifest import Found, Manifest, Row, fault, files, folders, read_file, totals
 from pipeline.data.pictures import opened, picture_size, read_picture
 from pipeline.files import digest, write
+from pipeline.progress import track
 
 SPLITS = ("train", "val")
 IMAGES, LABELS = "leftImg8bit", "gtFine"
@@ -55,7 +56,7 @@ def label_ids() -> np.ndarray:
 
 @cache
 def train_ids() -> np.ndarray:
-    """The table (256,) from label id to train id: 0 to 18, 255 ignored, 254 if there is no such id."""
+    """The table (256,) from label id to train id: 0 to 18, 255 ignored, 254 for no such id."""
     table = np.full(256, UNKNOWN, np.uint8)
     table[[label.id for label in labels if label.id >= 0]] = IGNORE
     table[label_ids()] = np.arange(len(_classes()))
@@ -85,15 +86,11 @@ def read_label(root: Path, path: str, content: bytes) -> np.ndarray:
     return target
 
 
-# ---- what the prepare stage asks of every set
+# ---- what the prepare stage asks of every set, see `pipeline.stages.prepare.Format`
 
 
 def find(root: Path) -> list[Found]:
-    """Every pair (image, label) of the tree.
-
-    Raises:
-        UserError: A file has no partner, or there are none.
-    """
+    """Every pair (image, label) of the tree."""
     found = []
     for split in SPLITS:
         pictures = _stems(root, IMAGES, split, IMAGE_END)
@@ -128,11 +125,7 @@ def _stems(root: Path, kind: str, split: str, end: str) -> set[str]:
 
 
 def inspect(root: Path, found: Found) -> Row:
-    """The row of a pair, which is decoded, with the number of pixels of each class and of those ignored.
-
-    Raises:
-        UserError: It cannot be decoded, or label and image do not fit.
-    """
+    """The row of a pair, which is decoded, with the pixels of each class and of those ignored."""
     path, label_path = found.files
     content, label_content = read_file(root / path), read_file(root / label_path)
     width, height = picture_size(content, root / path)
@@ -156,11 +149,7 @@ def inspect(root: Path, found: Found) -> Row:
 
 
 def check(root: Path, rows: list[Row]) -> None:
-    """Checks what no single pair shows: no split may be void throughout.
-
-    Raises:
-        UserError: One is.
-    """
+    """No split is void throughout."""
     for split, pixels in totals(rows, class_names()).items():
         if not any(pixels.values()):
             raise fault(
@@ -174,18 +163,14 @@ def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
 
 
 def unpack_archives(root: Path) -> None:
-    """Unpacks the two official zips that lie in `root`.
-
-    Raises:
-        UserError: One is damaged, or not the official one.
-    """
+    """Unpacks the two official zips that lie in `root`."""
     for kind, name in ARCHIVES.items():
         unpack(root / name, root / kind, _unpack)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
     pattern = rf"({IMAGES}|{LABELS})/(train|val|test)/\w+/[\w-]+\.(png|json)|README|license\.txt"
-    for name, file in zipped(archive, pattern):
+    for name, file in track(zipped(archive, pattern), f"Unpacking {archive.name}"):
         if "/" in name:
             path = folder / Path(*Path(name).parts[1:])
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,11 +178,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def download(root: Path) -> None:
-    """Says how Cityscapes is fetched, for which its user needs an account, unless it is there.
-
-    Raises:
-        UserError: It is not there.
-    """
+    """Unless the set is there: an error that says how its user fetches it with an account."""
     lacking = [
         name
         for kind, name in ARCHIVES.items()
@@ -207,7 +188,8 @@ def download(root: Path) -> None:
         raise fault(
             root,
             f"Cityscapes needs an account at https://www.cityscapes-dataset.com; run "
-            f"`csDownload -d '{root}' {' '.join(lacking)}`, and set prepare.cityscapes.source to folder",
+            f"`csDownload -d '{root}' {' '.join(lacking)}`, "
+            "and set prepare.cityscapes.source to folder",
         )
 
 
@@ -230,7 +212,7 @@ def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.n
 def resized(
     image: np.ndarray, label: np.ndarray, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resizes an image (linearly, as the authors' code does at any scale) and its labels (to the nearest)."""
+    """Resizes an image (linearly at any scale, as the authors' code) and its labels (nearest)."""
     if image.shape[:2] == (height, width):
         return image, label
     return (
@@ -242,7 +224,7 @@ def resized(
 def augmented(
     image: np.ndarray, label: np.ndarray, crop: tuple[int, int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scales by 0.5, 0.6, ... 2.1, cuts `crop` (h, w) at random (padded with black and 255), flips or not."""
+    """Scales by 0.5, 0.6, ... 2.1, cuts `crop` (h, w) at random, flips or not."""
     scale = 0.5 + 0.1 * int(rng.integers(0, 17))
     image, label = resized(
         image, label, round(image.shape[0] * scale), round(image.shape[1] * scale)
@@ -254,7 +236,7 @@ def augmented(
 def cut(
     image: np.ndarray, label: np.ndarray, crop: tuple[int, int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts `crop` (h, w) at random; a smaller picture is padded below and on the right."""
+    """Cuts `crop` (h, w) at random; a smaller picture is padded with black and 255."""
     height, width = crop
     top = int(rng.integers(0, max(0, label.shape[0] - height) + 1))
     left = int(rng.integers(0, max(0, label.shape[1] - width) + 1))
@@ -269,8 +251,8 @@ def cut(
 class Cityscapes:
     """The samples of a split: images (H, W, 3) uint8 and train ids (H, W) uint8.
 
-    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`; without, the whole
-    picture, resized to `test_size` (h, w) where given.
+    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`;
+    without, the whole picture, resized to `test_size` (h, w) where given.
 
     Attributes:
         frames: The path, width and height of each photo, for `write_prediction`.
@@ -320,7 +302,7 @@ class Cityscapes:
 
 
 def write_prediction(folder: Path, frame: tuple[str, int, int], prediction: np.ndarray) -> None:
-    """Writes train ids (H, W) as the benchmark wants them: label ids, the photo's size, its name's stem."""
+    """Writes train ids (H, W) as the benchmark wants them: as label ids, of the photo's size."""
     path, width, height = frame
     ids = cv2.resize(label_ids()[prediction], (width, height), interpolation=cv2.INTER_NEAREST)
     name = f"{Path(path).name.removesuffix(IMAGE_END)}_pred_labelIds.png"

@@ -1,4 +1,4 @@
-"""ImageNet in its tree `{train,val}/<wnid>/*.JPEG`, unpacked from the official archives if need be."""
+"""ImageNet in its tree `{train,val}/<wnid>/*.JPEG`, unpacked from the official archives."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pipeline.data.manifest import Found, Manifest, Row, fault, files, folders, 
 from pipeline.data.pictures import picture_size, read_picture
 from pipeline.errors import UserError
 from pipeline.files import digest
+from pipeline.progress import track
 
 SPLITS = ("train", "val")
 ARCHIVES = {split: f"ILSVRC2012_img_{split}.tar" for split in SPLITS}
@@ -27,15 +28,11 @@ RESIZE_PER_CROP = 256 / 224
 SOURCE = f"the official archives ({ARCHIVES['train']}, {ARCHIVES['val']} and {DEVKIT})"
 
 
-# ---- what the prepare stage asks of every set
+# ---- what the prepare stage asks of every set, see `pipeline.stages.prepare.Format`
 
 
 def find(root: Path) -> list[Found]:
-    """Every image of the tree, by split and class.
-
-    Raises:
-        UserError: Something is missing or does not belong there.
-    """
+    """Every image of the tree, by split and class."""
     for split in SPLITS:
         _check_split(root, split)
     found = []
@@ -58,7 +55,8 @@ def _check_split(root: Path, split: str) -> None:
     if not folder.is_dir():
         raise fault(
             folder,
-            f"no such folder; ImageNet is read from {{train,val}}/<wnid>/*.JPEG, or from {SOURCE} put into {root}",
+            "no such folder; ImageNet is read from {train,val}/<wnid>/*.JPEG, "
+            f"or from {SOURCE} put into {root}",
         )
     entries = listed(folder)
     if not entries:
@@ -67,19 +65,15 @@ def _check_split(root: Path, split: str) -> None:
     if stray is not None and split == "val":
         raise fault(
             folder,
-            f"holds pictures ({stray.name}) where class folders belong; delete it and put {ARCHIVES['val']} and "
-            f"{DEVKIT} into {root}: prepare sorts them by the official ground truth",
+            f"holds pictures ({stray.name}) where class folders belong; delete it and put "
+            f"{ARCHIVES['val']} and {DEVKIT} into {root}: prepare sorts them by the official truth",
         )
     if stray is not None:
         raise fault(folder / stray.name, "not a class folder; move it out of the data set")
 
 
 def inspect(root: Path, found: Found) -> Row:
-    """The row of an image, which is decoded to its end.
-
-    Raises:
-        UserError: It cannot be decoded.
-    """
+    """The row of an image, which is decoded to its end."""
     path = found.files[0]
     content = read_file(root / path)
     width, height = picture_size(content, root / path)
@@ -93,11 +87,7 @@ def inspect(root: Path, found: Found) -> Row:
 
 
 def check(root: Path, rows: list[Row]) -> None:
-    """Checks what no single image shows: train and val have the same classes.
-
-    Raises:
-        UserError: One has a class that the other lacks.
-    """
+    """Train and val have the same classes."""
     train, val = (set(names) for names in counts(rows).values())
     for name in sorted(train ^ val):
         lacking = root / ("val" if name in train else "train") / name
@@ -114,17 +104,13 @@ def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
 
 
 def unpack_archives(root: Path) -> None:
-    """Unpacks the official archives that lie in `root`.
-
-    Raises:
-        UserError: One is damaged, or not the official one.
-    """
+    """Unpacks the official archives that lie in `root`."""
     unpack(root / ARCHIVES["train"], root / "train", _unpack_train)
     unpack(root / ARCHIVES["val"], root / "val", _unpack_val)
 
 
 def _unpack_train(archive: Path, folder: Path) -> None:
-    for name, content in tarred(archive, r"n\d{8}\.tar"):
+    for name, content in track(tarred(archive, r"n\d{8}\.tar"), "Unpacking ImageNet", 1000):
         own = folder / name.removesuffix(".tar")
         own.mkdir()
         for image, file in tarred(archive, rf"{own.name}_\d+\.JPEG", content):
@@ -135,7 +121,8 @@ def _unpack_val(archive: Path, folder: Path) -> None:
     wnids = validation_wnids(archive.with_name(DEVKIT))
     for wnid in set(wnids):
         (folder / wnid).mkdir()
-    for name, file in tarred(archive, r"ILSVRC2012_val_\d{8}\.JPEG"):
+    images = tarred(archive, r"ILSVRC2012_val_\d{8}\.JPEG")
+    for name, file in track(images, "Unpacking ImageNet", len(wnids)):
         number = int(name[-13:-5])
         if not 1 <= number <= len(wnids):
             raise fault(archive, f"holds {name}, but {DEVKIT} has {len(wnids)} labels")
@@ -175,21 +162,17 @@ def validation_wnids(devkit: Path) -> list[str]:
 
 
 def download(root: Path) -> None:
-    """Says how ImageNet is fetched, which only its user may do, unless it is there.
-
-    Raises:
-        UserError: It is not there.
-    """
+    """Unless the set is there: an error that says how its user fetches it, as no program may."""
     if not all((root / split).exists() or (root / ARCHIVES[split]).exists() for split in SPLITS):
         raise fault(
             root,
-            "no program may download ImageNet; log in at https://image-net.org/download-images, accept its terms, "
-            f"put {SOURCE} there, and set prepare.imagenet.source to folder",
+            "no program may download ImageNet; log in at https://image-net.org/download-images, "
+            f"accept its terms, put {SOURCE} there, and set prepare.imagenet.source to folder",
         )
 
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
-    """(class, its first `each` training pictures as (H, W, 3) RGB) of at most ten classes, for the contact sheet."""
+    """(class, its first `each` training pictures as (H, W, 3) RGB) of at most ten classes."""
     paths: dict[str, list[str]] = {}
     for row in rows:
         if row["split"] == "train":
@@ -230,7 +213,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class ImageNet:
-    """The samples of a split: images (size, size, 3) uint8 and labels, which number the sorted class folders."""
+    """The samples of a split: images (size, size, 3) uint8, and the numbers of their classes."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, escaped
 from pipeline.sets import DataSet
 
 PADDING = 4  # of CIFAR-10's pictures, before the random crop
@@ -24,7 +24,7 @@ PADDING = 4  # of CIFAR-10's pictures, before the random crop
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of each batch is read here: `pieces` micro-batches of process `rank` among `processes`."""
+    """The part of each batch that is read here: `pieces` micro-batches of process `rank`."""
 
     rank: int = 0
     processes: int = 1
@@ -39,7 +39,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Keys:
-    """The samples of one batch: positions in the data set, and the epoch that seeds their augmentation."""
+    """The samples of one batch: positions in the data set, and the epoch, which seeds them."""
 
     epoch: int
     indices: list[int]
@@ -70,7 +70,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """An image (H, W, 3) uint8 and its target () or (H, W); all that is random comes from `rng`."""
+        """An image (H, W, 3) uint8 and its target () or (H, W); `rng` draws what is random."""
         ...
 
     def name(self, index: int) -> str: ...
@@ -87,7 +87,7 @@ def order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels (B, 3, H, W), uint8, whose channels in 0..1 have `mean` and `std`, as float32 of mean 0 and deviation 1."""
+    """Pixels (B, 3, H, W) uint8, as float32 in 0..1, minus `mean`, divided by `std` per channel."""
     shift, scale = (
         torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std)
     )
@@ -120,7 +120,8 @@ class FileDataset:
         if len(sizes) > 1:
             listed = ", ".join(f"{height} x {width}" for height, width in sizes)
             raise UserError(
-                f"{self.name(keys.indices[0])} and others: pictures of several sizes in a batch ({listed}); set test_size or a batch of 1"
+                f"{escaped(self.name(keys.indices[0]))}: in a batch with pictures of several sizes "
+                f"({listed}); set test_size or a batch of 1"
             )
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         labels = torch.from_numpy(np.stack(targets).astype(np.int64))
@@ -148,7 +149,7 @@ class InMemory:
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
-        """Holds `images` (N, 3, H, W) uint8 and `labels` (N,) int64; `augment` crops (after padding) and flips."""
+        """Holds `images` (N, 3, H, W) uint8 and `labels` (N,) int64; `augment` crops and flips."""
         self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
         self.labels = torch.from_numpy(labels).to(device)
         self.names, self.classes = tuple(names), len(names)
@@ -195,14 +196,15 @@ def batches(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """An iterator over one epoch of `dataset`, beginning at batch number `start`.
 
-    An empty piece holds one sample of its batch, so that every process has as many batches; training gives it no weight.
+    An empty piece holds one sample of its batch, so that every process has as many batches;
+    training gives it no weight.
 
     Args:
         dataset: What is read.
         batch: Samples per batch, over all processes.
         seed: Of order and augmentation.
         epoch: Seeds them, too.
-        shuffle: Draw the order anew each epoch (training), or keep that of the manifest (evaluation).
+        shuffle: Draw the order anew each epoch (training), or keep the manifest's (evaluation).
         start: The first batch, of a run that is resumed inside an epoch.
         share: Which pieces of each batch are read here.
         workers: Processes that prepare batches; changes nothing but the speed.

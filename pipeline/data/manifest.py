@@ -83,7 +83,7 @@ class Manifest:
 
 
 def spread(length: int, limit: int | None) -> list[int]:
-    """`limit` positions among `length`, spread evenly: of a sorted set some of every class. None: all."""
+    """`limit` positions among `length`, spread evenly over all classes of a sorted set."""
     count = length if limit is None else min(limit, length)
     return [i * length // count for i in range(count)]
 
@@ -108,11 +108,11 @@ def totals(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, dict[str, i
 
 
 def read_summary(name: str) -> dict[str, Any]:
-    """The summary that prepare wrote of a set, if the manifest beside it is still the one it describes.
+    """The summary that prepare wrote of a set, if the manifest beside it is still the same.
 
     Returns:
-        `set`, `source`, `classes`, `images` (by split), `bytes`, `manifest` (its digest), `counts` (by split and class;
-        of Cityscapes they are pixels).
+        `set`, `source`, `classes`, `images` (by split), `bytes`, `manifest` (its digest) and
+        `counts` (by split and class; of Cityscapes in pixels).
 
     Raises:
         UserError: Either file is missing or not as prepare wrote it.
@@ -136,8 +136,8 @@ def read_summary(name: str) -> dict[str, Any]:
 def data_root(name: str, source: str, machine: Machine) -> Path:
     """The folder of a set: what the environment says, or data/<set>.
 
-    Generated pictures lie in data/generated/<set> of the working directory, whatever the environment says: experiments
-    that DVC queues draw each their own, and a user's folder is never drawn into.
+    Generated pictures lie in data/generated/<set> of the working directory: experiments that DVC
+    queues draw each their own, and no user's folder is drawn into.
     """
     if source == "generated":
         return Path.cwd() / "data/generated" / name
@@ -151,7 +151,7 @@ def located(name: str, machine: Machine) -> tuple[Path, Path]:
 
 
 def read_file(path: Path, expected: str | None = None) -> bytes:
-    """The content of a regular file of at most `BYTES`; a pipe or device is refused, never waited for.
+    """The content of a regular file of at most `BYTES`; no pipe is waited for.
 
     Args:
         path: Of the file.
@@ -181,7 +181,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def listed(folder: Path) -> list[os.DirEntry[str]]:
-    """The visible entries of a folder, by name; hidden ones (.DS_Store, ._a.jpg) belong to no data set.
+    """The visible entries of a folder, by name; .DS_Store and ._a.jpg belong to no data set.
 
     Raises:
         UserError: The folder cannot be read.

@@ -1,4 +1,4 @@
-"""The official evaluation of Cityscapes, csEvalPixelLevelSemanticLabeling, in the installed environment."""
+"""Cityscapes' official evaluation, csEvalPixelLevelSemanticLabeling, beside any NumPy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def official_evaluation(predictions: Path, truths: Path) -> dict[str, Any]:
 
     Args:
         predictions: The folder that `cityscapes.write_prediction` wrote to.
-        truths: The ground truth of a split, as gtFine/val: city folders of labelIds and instanceIds pictures.
+        truths: The ground truth of a split, as gtFine/val, with labelIds and instanceIds.
 
     Returns:
-        Fractions, among them `averageScoreClasses` (mIoU) and `classScores` (the IoU of each class).
+        Fractions, among them `averageScoreClasses` (mIoU) and `classScores` (each class's IoU).
 
     Raises:
         UserError: A picture is missing, or the tool stops for another reason.

@@ -28,10 +28,10 @@ def read_picture(
     Args:
         source: A file, or the content of one.
         expected: The file's digest in the manifest; None to accept any content.
-        upright: Turn a photo as its EXIF data say. Published results on the paper's data sets do not.
+        upright: Turn a photo as its EXIF data say; published results do not.
 
     Raises:
-        UserError: It is not a regular file, or not a whole 8-bit still picture of a reasonable size.
+        UserError: It is not a whole 8-bit still picture of a reasonable size in a regular file.
     """
     name, content = _content(source, expected)
     with opened(content, name) as image:

@@ -45,7 +45,7 @@ def training_data(
 def evaluation_data(
     dataset: str, facts: dict[str, Any], machine: Machine, limit: int | None = None
 ) -> BatchDataset:
-    """The validation split (`limit` samples of it, spread evenly) at the size a model was trained for.
+    """The validation split (`limit` samples, spread evenly), sized as the model was trained.
 
     Args:
         dataset: cifar10, imagenet or cityscapes.

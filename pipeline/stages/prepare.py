@@ -1,8 +1,8 @@
-"""prepare: bring a data set into place, verify it, and write its manifest, summary and contact sheet.
+"""prepare: verifies a data set, and writes its manifest, summary and contact sheet.
 
-DVC runs this stage always (a changed source must be noticed) and deletes its outputs before. So what is
-expensive is kept in work/prepare-<set>/, with a digest of what it was made from and of what it holds: with
-nothing changed, a run lists the files, compares, and puts the very same outputs back. A cache that does not
+DVC runs this stage always (a changed source must be noticed), and deletes its outputs first. They
+are kept in work/prepare-<set>/ with digests of them and of what they were made from: with nothing
+changed, a run lists the files, compares, and puts the very same outputs back. A cache that does not
 prove itself is made anew.
 """
 
@@ -42,19 +42,26 @@ ROWS, PROOF = "rows.json", "proof.json"
 
 
 class Format(Protocol):
-    """What a data set's module offers to this stage; the modules say more."""
+    """What a data set's module offers to this stage.
 
-    def unpack_archives(self, root: Path) -> None: ...
+    Each raises a UserError that names the file if the data are missing or not as they must be.
+    """
 
     def download(self, root: Path) -> None: ...
+
+    def unpack_archives(self, root: Path) -> None: ...
 
     def find(self, root: Path) -> list[Found]: ...
 
     def inspect(self, root: Path, found: Found) -> Row: ...
 
-    def check(self, root: Path, rows: list[Row]) -> None: ...
+    def check(self, root: Path, rows: list[Row]) -> None:
+        """Checks what no single row shows."""
+        ...
 
-    def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]: ...
+    def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]:
+        """Images or, of Cityscapes, pixels, of each split and class."""
+        ...
 
     def samples(
         self, root: Path, rows: list[Row], each: int
@@ -62,12 +69,11 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Format] = {"cifar10": cifar10, "imagenet": imagenet, "cityscapes": cityscapes}
-SHEETS = {
+SHEETS = {  # pictures per group, groups side by side, width and height of a picture
     "cifar10": (8, 2, (64, 64)),
     "imagenet": (6, 1, (132, 120)),
     "cityscapes": (6, 2, (400, 200)),
 }
-"""Of the contact sheets: pictures per group, groups side by side, width and height of a picture."""
 
 
 def run(name: str, params: PrepareParams, machine: Machine) -> None:
@@ -78,10 +84,8 @@ def run(name: str, params: PrepareParams, machine: Machine) -> None:
     """
     own = Path.cwd() if params.source == "generated" else machine.root
     kept = own / "work" / f"prepare-{name}"
-    busy = f"{kept}: another process prepares {name}; wait for it"
-    with locked(
-        machine.root / "work" / f"prepare-{name}.lock", busy, wait=True
-    ):  # DVC's queue shares it
+    lock = machine.root / "work" / f"prepare-{name}.lock"  # experiments that DVC queues share it
+    with locked(lock, "", wait=True):
         _run(name, params, machine, kept)
 
 
@@ -111,9 +115,8 @@ def _run(name: str, params: PrepareParams, machine: Machine, kept: Path) -> None
     with tracking.start("prepare", name, asdict(params), machine, target / "run.jsonl") as run:
         write(target / "manifest.csv", manifest.to_csv(rows))
         write(target / "contact_sheet.png", _sheet(name, root, rows, summary))
-        write(
-            target / "summary.json", json.dumps(summary, indent=2).encode() + b"\n"
-        )  # names may hold any bytes
+        text = json.dumps(summary, indent=2) + "\n"  # ASCII: names may hold any bytes
+        write(target / "summary.json", text.encode())
         run.dataset(name, summary["manifest"], params.source)
         for output in OUTPUTS:
             if output != "run.jsonl":
@@ -125,19 +128,15 @@ def _run(name: str, params: PrepareParams, machine: Machine, kept: Path) -> None
 
 
 def _stamp(root: Path, path: str) -> tuple[str, int, int, int]:
-    """A file's path, and what changes when its content does: no program can set the time of the last change back."""
+    """A file's path, and what changes when its content does; no program can set ctime back."""
     status = os.stat(f"{root}/{path}")
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _code(form: Format) -> list[str]:
-    files = [
-        __file__,
-        manifest.__file__,
-        pictures.__file__,
-        sheet.__file__,
-        str(getattr(form, "__file__", "")),
-    ]
+    """The digests of the code that makes the outputs."""
+    modules = (manifest, pictures, sheet, form)
+    files = [__file__, *(str(getattr(module, "__file__", "")) for module in modules)]
     return [file_digest(Path(file)) for file in files]
 
 
@@ -157,9 +156,9 @@ def _digests(folder: Path) -> dict[str, str]:
 def _rows(
     form: Format, root: Path, found: list[Found], stamps: list[Any], kept: Path, machine: Machine
 ) -> list[Row]:
-    """Reads, in threads, the files that are new or have another stamp than when they were last read.
+    """Reads, in threads, the files that are new or have another stamp than when last read.
 
-    What was read is kept also when a file is found broken: once it is repaired, the rest is not read again.
+    What was read is kept also when a file is found broken: the rest is not read again.
     """
     code = _code(form)
     known = {json.dumps(stamp): row for stamp, row in _known(kept / ROWS, code)}
