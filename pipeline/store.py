@@ -89,6 +89,7 @@ class Upload:
         self.complete = False
         self._file, self._machine, self._results = file, machine, results or file.parent
         self._lock = threading.Lock()
+        self._inode: int | None = None  # of an SQLite store
         self._known = False  # whether the store was asked what it has; the attributes of _ask hold
         self._position = 0
 
@@ -111,6 +112,7 @@ class Upload:
             raise
 
     def _upload(self) -> bool:
+        self._check_store()
         if not self._known:
             self._ask(read_header(self._file))
         if self.complete:
@@ -130,6 +132,14 @@ class Upload:
             self._client.set_tag(self._run, UPLOADED, str(self._position))
             self.complete = True
         return True
+
+    def _check_store(self) -> None:
+        """MLflow would write on into a database whose file was deleted."""
+        database = _database(self._machine)
+        found = database.stat().st_ino if database and database.is_file() else None
+        if self._inode not in (None, found):
+            raise UserError(f"{database}: deleted or replaced while the stage ran; {LATER}")
+        self._inode = found
 
     def _ask(self, header: dict[str, Any]) -> None:
         """Finds the run in the store, or makes it, and notes what the store has of it."""
@@ -272,9 +282,8 @@ def _parent(client: MlflowClient, experiment: str, header: dict[str, Any]) -> st
     key = files.digest(str(name).encode())
     found = _find(client, experiment, "pipeline", key)
     if found is None:
-        title = f"pipeline {name}"
-        found = client.create_run(experiment, header["time"], {"pipeline": key}, title)
-        _save_view(client, experiment)
+        tags = {"pipeline": key, "mlflow.source.name": "pipeline"}
+        found = client.create_run(experiment, header["time"], tags, f"pipeline {name}")
     return found.info.run_id
 
 
@@ -393,14 +402,18 @@ def _alone(machine: Machine) -> Iterator[None]:
 
 
 def _save_view(client: MlflowClient, experiment: str) -> None:
-    """Saves the view of the experiment's page that `ui` opens: stages unfolded, names whole."""
+    """Saves the view that `ui` opens: every stage is a row, its name whole, the last one first.
+
+    MLflow folds runs below their parents where they are sorted by their start; by their source,
+    which is the same for all, they are rows in the same order.
+    """
     now = time.time_ns() // 1_000_000
-    parents = client.search_runs([experiment], "tags.pipeline != ''", max_results=100)
     state = {
+        "orderByKey": "tags.`mlflow.source.name`",
+        "orderByAsc": False,
         "selectedColumns": [f"metrics.`{column}`" for column in COLUMNS],
         "columnOrder": [RUN_NAME],
         "columnWidths": {RUN_NAME: 360},
-        "runsExpanded": {run.info.run_id: True for run in parents},
     }
     view = {"name": VIEW, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
@@ -440,7 +453,8 @@ def ui(machine: Machine, port: int) -> int:
     with explained(machine), _alone(machine):
         client, experiment = connect(machine)
         _save_view(client, experiment)
-    page = f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW}"
+    query = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
+    page = f"#/experiments/{experiment}/runs?{query}"
     if _is_http(machine):
         parts = urlsplit(str(machine.tracking_uri))
         host = parts.netloc.rpartition("@")[2]

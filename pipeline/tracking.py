@@ -32,9 +32,10 @@ from typing import Any
 
 from pipeline import files, progress, store
 from pipeline.errors import UserError
-from pipeline.machine import Machine
+from pipeline.machine import Machine, masked
 
 NAME = "run.jsonl"
+DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 SECONDS_BETWEEN_UPLOADS = SECONDS_BETWEEN_LOADS = 10.0
 SECONDS_AT_START, SECONDS_AT_END, SECONDS_KILLED = 15.0, 60.0, 5.0  # that a stage waits, at most
 
@@ -70,8 +71,8 @@ def start(
     """
     if os.environ.get("RANK", "0") != "0":
         return Run(None, {"run": "", "time": _now()}, file.parent)
-    header = _header(file) if resume else None
-    content = _whole_lines(file)
+    content = _whole_lines(file) if resume else b""
+    header = _header(file) if content else None
     rows: list[dict[str, Any]] = [{"status": "RUNNING", "time": _now()}]
     if header is None:
         header, content = _new_header(stage, instance, params, machine), b""
@@ -169,15 +170,15 @@ class Run:
     def begin_upload(self, machine: Machine) -> None:
         """Starts the threads that upload the file and record the machine's load."""
         assert self._path is not None
+        self._note = _notes(machine) / self.id
         try:
             with store.explained(machine):
                 store.prepare(machine)
                 sensors = store.load_sensors()
+            self._note_file(self._path)
         except UserError as error:
             self._warn(str(error))
             return
-        self._note = _notes(machine) / self.id
-        files.write_text(self._note, str(self._path.absolute()))
         self._upload = store.Upload(self._path, machine, self._results)
         self._thread = threading.Thread(target=self._keep_uploading, args=(machine,), daemon=True)
         self._thread.start()
@@ -197,14 +198,14 @@ class Run:
         if self._file is None or self._path is None:
             return
         if error is not None:
-            self.tag("error", f"{type(error).__name__}: {error}")
+            self.tag("error", masked(f"{type(error).__name__}: {error}"))
         self.write({"status": _status(error), "time": _now()})
         self.position()
         kept = self._results / NAME
         if error is None and kept.absolute() != self._path.absolute():
             files.write(kept, self._path.read_bytes())
             if self._upload:
-                files.write_text(self._note, str(kept.absolute()))
+                self._note_file(kept)
         self._closing.set()
         if self._upload:
             self._thread.join(SECONDS_KILLED if _status(error) == "KILLED" else SECONDS_AT_END)
@@ -214,18 +215,24 @@ class Run:
             fcntl.flock(self._file, fcntl.LOCK_UN)  # which a loader process may have inherited
             self._file.close()
 
+    def _note_file(self, file: Path) -> None:
+        paths = [str(file.absolute()), str(self._results.absolute())]
+        files.write_json(self._note, dict(zip(("file", "results"), paths, strict=True)))
+
     def _keep_uploading(self, machine: Machine) -> None:
         assert self._upload is not None
-        last = False
+        others, last = True, False
         while not last:
             last = self._closing.is_set()
             try:
                 self._upload.once()
-                if not self._tried.is_set():
+                self._tried.set()
+                if others:
                     upload_waiting(machine, but=self.id)
+                    others = False
             except UserError as error:
                 self._warn(str(error))
-            self._tried.set()
+                self._tried.set()
             self._closing.wait(SECONDS_BETWEEN_UPLOADS)
         if self._upload.complete:
             self._note.unlink(missing_ok=True)
@@ -266,32 +273,44 @@ def sync(machine: Machine) -> Iterator[tuple[Path, str]]:
     with store.explained(machine):
         store.connect(machine)
     problems = []
-    found = [*Path("results").rglob(NAME), *(machine.root / "work").rglob(NAME)]
-    for file in sorted(found):
+    for file in sorted(Path("results").rglob(NAME)):
         try:
             if not store.running(file) and store.Upload(file, machine).once():
                 yield file, "uploaded"
         except UserError as error:
             problems.append(str(error))
-    upload_waiting(machine)
+    for file in upload_waiting(machine):
+        yield file, "uploaded"
     if problems:
         raise UserError("\n".join(problems))
 
 
-def upload_waiting(machine: Machine, but: str = "") -> None:
-    """Uploads the runs whose process is gone before all had arrived, and closes them as killed."""
+def upload_waiting(machine: Machine, but: str = "") -> list[Path]:
+    """Uploads the runs whose process is gone before all had arrived, and closes the killed.
+
+    Args:
+        machine: Where they ran, and whose store.
+        but: The id of a run to leave alone.
+
+    Returns:
+        The files of those that the store lacked.
+    """
+    uploaded = []
     for note in _notes(machine).glob("?" * 32):
-        with contextlib.suppress(OSError, UserError):
-            file = Path(note.read_text(encoding="utf-8"))
+        if note.name == but:
+            continue
+        with contextlib.suppress(OSError, UserError, KeyError):  # the next one tries again
+            paths = files.read_json(note, "")
+            file = Path(paths["file"])
             header = _header(file)
-            mine = header is not None and header["run"] == note.name
-            if note.name == but or (mine and store.running(file)):
-                continue
-            if mine:
-                store.Upload(file, machine).once()
-            else:
+            if header is None or header["run"] != note.name:
                 store.close_killed(machine, note.name)
+            elif store.running(file):
+                continue
+            elif store.Upload(file, machine, Path(paths["results"])).once():
+                uploaded.append(file)
             note.unlink(missing_ok=True)
+    return uploaded
 
 
 def _notes(machine: Machine) -> Path:
@@ -311,7 +330,7 @@ def _new_header(
         pipeline = environment.get("DVC_EXP_NAME") or workspace
     tags = {f"machine.{name}": value for name, value in facts.items()} | environment
     tags |= {"stage": stage, "instance": instance or ""}
-    tags |= {"mlflow.source.git.commit": facts["commit"]}
+    tags |= {"mlflow.source.name": "pipeline", "mlflow.source.git.commit": facts["commit"]}
     return {
         "run": uuid.uuid4().hex,
         "stage": stage,
@@ -321,9 +340,6 @@ def _new_header(
         "tags": tags,
         "time": _now(),
     }
-
-
-DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 
 
 def _whole_lines(file: Path) -> bytes:
