@@ -185,7 +185,7 @@ def check_kills(tmp_path: Path, params: ClassifyParams, numbers: Callable[[int],
 
 
 def test_killed_at_a_change_of_a_file_the_same_command_gives_the_same(tmp_path: Path) -> None:
-    check_kills(tmp_path, PARAMS, lambda changes: range(7, changes, 19))
+    check_kills(tmp_path, PARAMS, lambda changes: range(10, changes, 19))
 
 
 @pytest.mark.slow

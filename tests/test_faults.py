@@ -201,47 +201,6 @@ def facts(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "run" and not name.startswith(CLOCKED)}
 
 
-def test_however_it_is_stopped_it_ends_with_the_very_same(stages: Stages) -> None:
-    """Hit eight times, once by other code, at every named point; the runs between make one run."""
-    folder, work = stages.folder, stages.folder / "work" / "classify-mdeq-small"
-    store = client(folder)
-    (whole,) = runs(store)
-    kill, terminate, interrupt = 9, 15, 2
-
-    assert stages.train(hit=("after the run is made", 1, kill))[0] == -kill
-    assert len(runs(store)) == 2
-    assert stages.train(hit=("before the write", 1, kill))[0] == -kill
-    assert not list(work.glob("*/*.pt"))
-    assert stages.train(hit=("before the rename", 4, kill))[0] == -kill
-    assert len(list(work.glob("*/*.pt"))) == len(list(work.glob("*/*.partial"))) == 1
-    assert stages.train(hit=("before the metrics are sent", 3, kill))[0] == -kill  # the first is at the start
-
-    code, said = stages.train(hit=("after an update", 1, kill), settings=[("torch", "__version__", "9.9")])
-    assert code == -kill and "starts afresh; its interrupted run differs in torch. Its state stays in" in said
-    assert len(list(work.glob("*/*.pt"))) == 1 and len(list(work.iterdir())) == 2
-
-    code, said = stages.train(hit=("after an update", 2, terminate))
-    assert code == 143 and "Traceback" not in said, said
-    code, said = stages.train(hit=("after an update", 3, interrupt))
-    assert code == 130 and "Traceback" not in said and "interrupted; the same command goes on" in said, said
-    assert stages.train(hit=("in validation", 3, kill))[0] == -kill
-    code, said = stages.train()
-    assert code == 0, said
-
-    results = folder / "results" / "classify" / "mdeq-small"
-    assert same_weights(results, folder / "whole") and facts(results) == facts(folder / "whole")
-    for name in ("history.csv", "log.csv"):
-        pd.testing.assert_frame_equal(table(results / name), table(folder / "whole" / name), check_exact=True)
-    assert not work.exists()
-
-    resumed = [run for run in runs(store) if run.info.run_id != whole.info.run_id and run.info.status == "FINISHED"]
-    assert len(resumed) == 1 and len(runs(store)) == 3  # and that of the other torch
-    assert recorded(store, resumed[0].info.run_id) == recorded(store, whole.info.run_id)
-    assert resumed[0].data.params == whole.data.params != {}
-    assert len(recorded(store, whole.info.run_id)["loss/train"]) == 2
-    shutil.rmtree(results)
-
-
 def test_a_stage_without_a_state_leaves_no_run_open(stages: Stages) -> None:
     """Killed with SIGKILL, its run and that of the whole are closed by whatever opens the store next."""
     store, results = client(stages.folder), stages.folder / "results"
@@ -260,20 +219,6 @@ def test_a_stage_without_a_state_leaves_no_run_open(stages: Stages) -> None:
     assert code == 0 and "report" not in said, said
     for name in ("classify", "evaluate", "report"):
         shutil.rmtree(results / name)
-
-
-def test_a_killed_loader_process_changes_nothing(stages: Stages) -> None:
-    options = {"MDEQ_WORKERS": "1", "MDEQ_TRACKING": "off"}
-    assert stages.run("prepare", "imagenet", **options)[0] == 0
-    results = stages.folder / "results" / "pretrain" / "mdeq-small"
-    assert stages.run("pretrain", "mdeq-small", **options)[0] == 0
-    whole = shutil.move(results, stages.folder / "pretrained")
-    code, said = stages.run("pretrain", "mdeq-small", hit=("in a loader", 5, 9), **options)
-    assert code == 2 and "lower MDEQ_WORKERS" in said and list(stages.folder.glob("work/pretrain-*/*/*.pt")), said
-    code, said = stages.run("pretrain", "mdeq-small", **options)
-    assert code == 0 and same_weights(results, whole), said
-    shutil.rmtree(results.parent)
-    shutil.rmtree(stages.folder / "results" / "data" / "imagenet")
 
 
 HASTE = [("pipeline.tracking", "SECONDS_AT_START", 0.2), ("pipeline.tracking", "SECONDS_AT_END", 0.2)]

@@ -82,18 +82,6 @@ def test_the_chain_to_the_report(folder: Path) -> None:
     assert f"{evaluated['eval/miou']:.1f}" in report and "75.1" in report
 
 
-def test_a_warm_up_as_long_as_the_run_is_refused(folder: Path) -> None:
-    yaml = YAML(typ="safe")
-    params = yaml.load((folder / "params.yaml").read_text(encoding="utf-8"))
-    params["classify"]["mdeq-small"]["warm_up"]["steps"] = 20
-    with (folder / "long.yaml").open("w", encoding="utf-8") as file:
-        yaml.dump(params, file)
-    process = start(folder, "classify", "mdeq-small", "--params", "long.yaml", MDEQ_TRACKING="off")
-    _, messages = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Traceback" not in messages
-    assert "classify.mdeq-small.warm_up.steps: 20 must be fewer than the run's 20 updates" in messages
-
-
 def test_several_processes_make_one_run_and_one_result(folder: Path) -> None:
     """Started by the environment alone, as DVC would start them."""
     launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"

@@ -141,6 +141,24 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert same(alone, helped)
 
 
+class Dying(Stripes):
+    """Its loader process is killed, as by a machine without memory."""
+
+    def __getitem__(self, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        if 13 in keys.indices and keys.epoch == 1 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(keys)
+
+
+def test_a_killed_loader_process_changes_nothing(tmp_path: Path) -> None:
+    whole, _ = run(state(tmp_path / "a"))
+    dying = replace(task(), train=Dying(40))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        run(state(tmp_path / "b"), workers=1, task=dying)
+    resumed, _ = run(state(tmp_path / "b"), watcher := Watcher())
+    assert watcher.steps[0] == 6 and same(whole, resumed)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_tells_how_much_is_kept(tmp_path: Path, number: int, code: int) -> None:
     class Signals(Watcher):

@@ -52,7 +52,7 @@ class LastEquilibria:
     def end(self) -> None:
         """Marks the epoch's file, if it has the state of every sample."""
         self.flush()
-        if distributed.rank() == 0 and self._whole and self._written is not None:
+        if distributed.rank() == 0 and self._whole:
             files.write_text(self._mark(self._epoch), str(self._epoch))
 
     def read(self, indices: np.ndarray) -> Tensor:
