@@ -121,6 +121,7 @@ def equilibrium(
 
     Raises:
         TypeError: `z0` is no state, an input no tensor, or f returns another kind or dtype.
+        RuntimeError: Called within `parametrize.cached()` while gradients are enabled.
         ValueError: The tensors of `z0` do not fit each other, or f returns another shape.
     """
     flat, start = flat_problem(f, z0, inputs)
@@ -190,6 +191,11 @@ class _Recorder:
 
 
 def _solve(f: Map, z0: Tensor, solver: Solver) -> Solution:
+    if torch.is_grad_enabled() and parametrize._cache_enabled:
+        raise RuntimeError(
+            "equilibrium within parametrize.cached(): what is computed without a tape would stay so "
+            "on the tape. A solve caches by itself: leave the context out"
+        )
     autocast = torch.autocast(z0.device.type, enabled=False)
     with torch.no_grad(), autocast, parametrize.cached():
         return solver(f, z0.detach())

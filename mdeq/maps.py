@@ -82,17 +82,20 @@ class Layout:
                 )
             if tensor.dtype != self.dtype and not convert:
                 raise TypeError(f"f must return the dtype of z, {self.dtype}, not {tensor.dtype}")
-            flat.append(tensor.reshape(self.batch, shape.numel()).to(self.dtype))
+            if len(shape) != 1:
+                tensor = tensor.reshape(self.batch, shape.numel())
+            flat.append(tensor.to(self.dtype))
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
     def restore(self, flat: Tensor) -> State:
         """(B, D) to a state of this layout."""
         if self.kind is Tensor:
-            return flat.view(len(flat), *self.shapes[0])
+            shape = self.shapes[0]
+            return flat if len(shape) == 1 else flat.view(flat.shape[0], *shape)
         tensors, start = [], 0
         for shape in self.shapes:
             end = start + shape.numel()
-            tensors.append(flat[:, start:end].view(len(flat), *shape))
+            tensors.append(flat[:, start:end].view(flat.shape[0], *shape))
             start = end
         return dict(zip(self.keys, tensors, strict=True)) if self.keys else self.kind(tensors)
 
@@ -149,8 +152,11 @@ class FlatMap:
         copied = self.writes is not False or z.is_inference()
         given = z.clone() if copied else z
         version = None if given.is_inference() else given._version
-        with torch.autocast(self.device, self.low_precision, enabled=self.autocast):
+        if torch.is_autocast_enabled(self.device) == self.autocast:
             value = f(self.layout.restore(given), *arguments)
+        else:
+            with torch.autocast(self.device, self.low_precision, enabled=self.autocast):
+                value = f(self.layout.restore(given), *arguments)
         wrote = version is not None and given._version != version
         if wrote and not copied:
             raise RuntimeError("f writes into its input, but did not at its first call")

@@ -142,6 +142,14 @@ def test_a_compiled_one_trains():
     torch.testing.assert_close(deq.f.w.weight.grad, expected)
 
 
+def test_an_exported_one_predicts():
+    """In evaluation, where no solver looks at whether all samples have stopped."""
+    deq, x = DEQ(Layer(), Anderson(12, check_every=13)).eval(), torch.randn(2, 6)
+    with torch.no_grad():
+        exported = torch.export.export(deq, (x,), strict=False).module()
+        torch.testing.assert_close(exported(2 * x), deq(2 * x))
+
+
 def test_distributed_training_sees_every_parameter_once_a_step(tmp_path):
     """A parameter whose gradient it missed or met twice would be an error of the next step."""
     deq, x = DEQ(Layer()), torch.randn(4, 6)

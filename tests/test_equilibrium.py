@@ -383,6 +383,8 @@ def test_what_a_parametrization_computes_is_computed_once_per_solve_and_once_on_
     z.sum().backward()
     assert calls == [False, True]
     assert block.layer.parametrizations.weight.original1.grad.norm() > 0
+    with parametrize.cached(), pytest.raises(RuntimeError, match="leave the context out"):
+        equilibrium(block, torch.zeros(3, 4), TIGHT, EXACT, inputs=(torch.randn(3, 4),))
 
 
 @pytest.mark.parametrize(
