@@ -193,8 +193,8 @@ class _Recorder:
 def _solve(f: Map, z0: Tensor, solver: Solver) -> Solution:
     if torch.is_grad_enabled() and parametrize._cache_enabled:
         raise RuntimeError(
-            "equilibrium within parametrize.cached(): what is computed without a tape would stay so "
-            "on the tape. A solve caches by itself: leave the context out"
+            "equilibrium within parametrize.cached(): weights computed without a tape would be "
+            "used on the tape. A solve caches by itself: leave the context out"
         )
     autocast = torch.autocast(z0.device.type, enabled=False)
     with torch.no_grad(), autocast, parametrize.cached():
