@@ -34,12 +34,9 @@ class Scales:
         return torch.cat([z.permute(0, 2, 3, 1).flatten(1) for z in scales], dim=1)
 
     def split(self, state: Tensor) -> list[Tensor]:
-        """(B, D) to [(B, C_i, H_i, W_i)], in channels-last memory."""
-        parts = []
-        for part, (c, h, w) in zip(state.split(self.lengths, dim=1), self.shapes, strict=True):
-            image = part.view(-1, h, w, c).permute(0, 3, 1, 2)
-            parts.append(image.contiguous(memory_format=torch.channels_last))
-        return parts
+        """(B, D) to [(B, C_i, H_i, W_i)], views of the state."""
+        parts = zip(state.split(self.lengths, dim=1), self.shapes, strict=True)
+        return [part.unflatten(1, (h, w, c)).permute(0, 3, 1, 2) for part, (c, h, w) in parts]
 
     def zeros(self, batch: int, like: Tensor) -> Tensor:
         """The starting point z = 0 (B, D), with the dtype and device of `like`."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mdeq import checks
 from mdeq.multiscale import Scales
@@ -141,6 +141,11 @@ class ChannelDropout(nn.Module):
         self.held: Tensor | None
         self.register_buffer("held", None, persistent=False)
 
+    @property
+    def draws_once(self) -> bool:
+        """Whether one mask serves a whole solve."""
+        return self.variational and self.training and self.p > 0
+
     def draw(self, like: Tensor) -> Tensor:
         """A mask (B, channels, 1, 1) with the batch size, dtype and device of `like`."""
         mask = like.new_empty(len(like), self.channels, 1, 1)
@@ -263,21 +268,19 @@ class Transformation(nn.Module):
 
         That is the effective weights and, in training mode, the masks of variational dropout.
         """
-        samples, weights = {"x": x}, {}
-        for name, module in self.named_modules():
+        weights: list[tuple[Slot, Tensor]] = []
+        masks: list[tuple[Slot, Tensor]] = []
+        for module in self.modules():
             if isinstance(module, Convolution):
-                weights[f"{name}.held"] = module.weight
+                weights.append(((module._buffers, "held"), module.weight))
                 continue
-            if (
-                isinstance(module, ChannelDropout)
-                and module.variational
-                and module.training
-                and module.p
-            ):
-                samples[f"{name}.held"] = module.draw(x)
-            for parameter, value in module.named_parameters(recurse=False):
-                weights[f"{name}.{parameter}"] = value
-        return StateMap(self, scales, softplus, samples, weights)
+            if isinstance(module, ChannelDropout) and module.draws_once:
+                masks.append(((module._buffers, "held"), module.draw(x)))
+            for name, value in module.named_parameters(recurse=False):
+                weights.append(((module._parameters, name), value))
+        slots = [slot for slot, _ in masks + weights]
+        samples = (x, *(mask for _, mask in masks))
+        return StateMap(self, scales, softplus, slots, samples, tuple(w for _, w in weights))
 
     def _fuse(self, features: list[Tensor], j: int) -> Tensor:
         """The sum at scale j of what all scales send there, (B, C_j, H_j, W_j)."""
@@ -305,6 +308,9 @@ def _fusion(channels: tuple[int, ...], i: int, j: int, groups: int) -> nn.Module
     return NormalisedConvolution(channels[i], channels[j], 1, 1, groups)
 
 
+Slot = tuple[dict[str, Any], str]  # where a module keeps a tensor
+
+
 @dataclass(frozen=True)
 class StateMap:
     """f_theta of one batch as a map of flat states (B, D), a function of its inputs alone.
@@ -313,28 +319,37 @@ class StateMap:
         f: The transformation.
         scales: The shapes that split a state.
         softplus: See `Transformation.forward`.
-        samples: The injection "x" and the masks by their names in `f`, one row per sample.
-        weights: The weights by their names in `f`.
+        slots: Where `f` keeps the masks and weights.
+        samples: The injection and the masks, one row per sample.
+        weights: The effective weights.
     """
 
     f: Transformation
     scales: Scales
     softplus: float | None
-    samples: dict[str, Tensor]
-    weights: dict[str, Tensor]
+    slots: list[Slot]
+    samples: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """All tensors, besides the state, that f depends on."""
-        return (*self.samples.values(), *self.weights.values())
+        return self.samples + self.weights
 
     def __call__(self, state: Tensor, *inputs: Tensor) -> Tensor:
         """f at a state (B, D), with other `inputs` in place of its own if any are given."""
-        names = [*self.samples, *self.weights]
-        values = dict(zip(names, inputs or self.inputs, strict=True))
-        arguments = (self.scales.split(state), values.pop("x"), self.softplus)
-        return self.scales.flatten(functional_call(self.f, values, arguments, tie_weights=False))
+        x, *values = inputs or self.inputs
+        own = [tensors[name] for tensors, name in self.slots]
+        try:
+            self._put(values)
+            return self.scales.flatten(self.f(self.scales.split(state), x, self.softplus))
+        finally:
+            self._put(own)
 
     def part(self, rows: slice) -> StateMap:
         """f of these samples alone."""
-        return replace(self, samples={name: value[rows] for name, value in self.samples.items()})
+        return replace(self, samples=tuple(tensor[rows] for tensor in self.samples))
+
+    def _put(self, values: Sequence[Tensor | None]) -> None:
+        for (tensors, name), value in zip(self.slots, values, strict=True):
+            tensors[name] = value
