@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.data import cityscapes, generated
 from pipeline.data.cifar10 import CLASSES
-from pipeline.data.generated import ensure, photo, street
+from pipeline.data.drawing import photo, street
+from pipeline.data.generated import ensure
 from pipeline.errors import UserError
 from pipeline.settings import GeneratedCifar10, GeneratedCityscapes, GeneratedImageNet
 
