@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdeq import checks
+
 
 @dataclass(frozen=True)
 class ClassificationHeadConfig:
-    """Bottlenecks of `channels`, one a scale, merged from the highest resolution down to `final_channels`."""
+    """Bottlenecks, one per scale, each merged into the next lower resolution (Sec. 4.1).
+
+    Args:
+        channels: Inner width of each bottleneck, highest resolution first.
+        final_channels: Width of the features that are pooled and classified.
+    """
 
     channels: tuple[int, ...]
     final_channels: int
     kind: Literal["classification"] = "classification"
+
+    def __post_init__(self) -> None:
+        checks.whole(1, final_channels=self.final_channels)
+        for c in self.channels:
+            checks.whole(1, channels=c)
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,9 @@ class SegmentationHeadConfig:
 
     scales: Literal["all", "highest"] = "all"
     kind: Literal["segmentation"] = "segmentation"
+
+    def __post_init__(self) -> None:
+        checks.one_of(("all", "highest"), scales=self.scales)
 
 
 class Bottleneck(nn.Module):
@@ -55,16 +71,27 @@ class Bottleneck(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """All scales through bottlenecks, each merged into the next lower resolution, pooled, and classified."""
+    """All scales through bottlenecks, merged, pooled and classified."""
 
-    def __init__(self, config: ClassificationHeadConfig, inputs: Sequence[int], classes: int, momentum: float) -> None:
+    def __init__(
+        self,
+        config: ClassificationHeadConfig,
+        inputs: Sequence[int],
+        classes: int,
+        momentum: float,
+    ) -> None:
         super().__init__()
+        if len(config.channels) != len(inputs):
+            raise ValueError(f"head.channels: must have one width per scale, {len(inputs)} in all")
+        self.increase = nn.ModuleList()
+        for channels, width in zip(inputs, config.channels, strict=True):
+            self.increase.append(Bottleneck(channels, width, momentum))
         widths = [Bottleneck.expansion * c for c in config.channels]
-        self.increase = nn.ModuleList(Bottleneck(c, h, momentum) for c, h in zip(inputs, config.channels, strict=True))
-        self.merge = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b, momentum=momentum), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.merge = nn.ModuleList()
+        for before, after in pairwise(widths):
+            conv = nn.Conv2d(before, after, 3, stride=2, padding=1)
+            norm = nn.BatchNorm2d(after, momentum=momentum)
+            self.merge.append(nn.Sequential(conv, norm, nn.ReLU()))
         norm = nn.BatchNorm2d(config.final_channels, momentum=momentum)
         self.final = nn.Sequential(nn.Conv2d(widths[-1], config.final_channels, 1), norm, nn.ReLU())
         self.classifier = nn.Linear(config.final_channels, classes)
@@ -81,12 +108,16 @@ class ClassificationHead(nn.Module):
 class SegmentationHead(nn.Module):
     """1x1 convolutions over the scales at the resolution of the first."""
 
-    def __init__(self, config: SegmentationHeadConfig, inputs: Sequence[int], classes: int, momentum: float) -> None:
+    def __init__(
+        self, config: SegmentationHeadConfig, inputs: Sequence[int], classes: int, momentum: float
+    ) -> None:
         super().__init__()
         self.used = len(inputs) if config.scales == "all" else 1
         width = sum(inputs[: self.used])
         norm = nn.BatchNorm2d(width, momentum=momentum)
-        self.layers = nn.Sequential(nn.Conv2d(width, width, 1), norm, nn.ReLU(), nn.Conv2d(width, classes, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, width, 1), norm, nn.ReLU(), nn.Conv2d(width, classes, 1)
+        )
         initialise(self)
 
     def forward(self, scales: Sequence[Tensor]) -> Tensor:

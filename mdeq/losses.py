@@ -1,4 +1,4 @@
-"""Losses on logits: cross entropy for labels of an image or of pixels, with class weights, ignored labels and OHEM.
+"""Losses on logits: cross entropy for images and for pixels, with ignored labels and OHEM.
 
 Several heads may read one equilibrium, each its own scales; `joint_loss` adds up their losses.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdeq import checks
 from mdeq.heads import resize
 
 IGNORE = 255
@@ -21,23 +22,35 @@ IGNORE = 255
 class HardExamples:
     """Online hard example mining (Shrivastava, Gupta and Girshick, CVPR 2016), for pixels.
 
-    Only those count whose true class has a probability under `threshold`.
-    At least `keep` pixels count: the threshold rises to the `keep`-th smallest probability where it must.
+    Only those count whose true class has a probability of at most `threshold`; at least `keep` of
+    them: the threshold rises to the `keep`-th smallest probability where it must.
     """
 
     threshold: float = 0.9
     keep: int = 131072
 
+    def __post_init__(self) -> None:
+        checks.between(0, 1, threshold=self.threshold)
+        checks.whole(1, keep=self.keep)
+
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of logits (B, classes) and labels (B,)."""
+    """Mean cross entropy of logits (B, classes) and labels (B,).
+
+    `label_smoothing` is the share of the target that all classes get evenly (Szegedy et al., 2016).
+    """
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def segmentation_loss(
-    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, hard: HardExamples | None = None
+    logits: Tensor,
+    labels: Tensor,
+    class_weights: Tensor | None = None,
+    hard: HardExamples | None = None,
 ) -> Tensor:
-    """Mean cross entropy over the pixels that count, the logits resized to the labels as published; 0 if none does.
+    """Mean cross entropy over the pixels that count, or 0 if none does.
+
+    The logits are resized to the labels, as published.
 
     Args:
         logits: (B, classes, h, w).
@@ -68,16 +81,16 @@ def joint_loss(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
     Args:
         losses: Scalars.
-        weights: One a loss; 1 for the main one by custom.
+        weights: One per loss; 1 for the main one by custom.
 
     Raises:
-        ValueError: if there are not as many weights as losses.
+        ValueError: There are not as many weights as losses.
     """
     return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
 
 
 def pixel_weight(labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """The sum of the weights of the pixels that count: the denominator of `segmentation_loss` without `hard`."""
+    """The total weight of the pixels that count: what `segmentation_loss` divides by."""
     counts = labels != IGNORE
     if class_weights is None:
         return counts.sum().float()
