@@ -114,7 +114,7 @@ def fingerprint() -> dict[str, str | int]:
 
 def versions() -> dict[str, str]:
     """The versions of packages that results depend on, read without importing them."""
-    found = dict.fromkeys(PACKAGES, "none")
+    found: dict[str, str] = dict.fromkeys(PACKAGES, "none")
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)

@@ -145,7 +145,7 @@ def check_parts(entry: TrainParams | BenchmarkModel) -> None:
     for name in unused if model else ():
         if getattr(entry, name, None) is not None:
             raise ValueError(f"{name}: must be left out; a {kind} has no equilibrium to find")
-    if needed and isinstance(head, ClassificationHeadConfig):
+    if isinstance(model, MDEQConfig) and isinstance(head, ClassificationHeadConfig):
         scales = len(model.channels)
         if len(head.channels) != scales:
             raise ValueError(f"head.channels: must have {scales} numbers, one per scale of model")
@@ -309,8 +309,9 @@ def _wrong_backbones(params: Params) -> list[Problem]:
             "post_fusion_affine",
             "groups",
         )
-        for key in shape if backbone in mdeqs else ():
-            theirs = getattr(mdeqs[backbone], key)
+        source = mdeqs.get(backbone or "")
+        for key in shape if source else ():
+            theirs = getattr(source, key)
             if getattr(entry.model, key) != theirs:
                 what = f"must be that of its backbone, pretrain.{backbone}: {json.dumps(theirs)}"
                 wrong.append(((*keys, "model", key), what))
@@ -367,7 +368,8 @@ def _normalises_one_pixel(params: TrainParams) -> bool:
     model = params.model
     match model:
         case MDEQConfig():
-            coarsest = len(model.channels) - 1 if params.head.kind == "classification" else 0
+            fine = isinstance(params.head, SegmentationHeadConfig)
+            coarsest = 0 if fine else len(model.channels) - 1
             return size <= 2 ** (model.downsamplings + coarsest)
         case ResNetConfig():
             return size <= 8

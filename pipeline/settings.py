@@ -135,8 +135,8 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except NOT_YAML as error:
-        marked = isinstance(error, MarkedYAMLError) and error.problem_mark
-        where = f"line {error.problem_mark.line + 1}: " if marked else ""
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        where = f"line {mark.line + 1}: " if mark else ""
         what = getattr(error, "problem", None) or str(error)
         raise UserError(f"{path}: {where}not YAML: {' '.join(what.split())}") from None
     if not isinstance(data, dict):
