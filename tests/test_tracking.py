@@ -775,6 +775,7 @@ def test_a_relative_address_means_the_repository_in_a_queued_experiment(
 # ------------------------------------------------------------------------------- what people see
 
 
+@pytest.mark.slow
 def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
     machine: Machine, tmp_path: Path
 ) -> None:
@@ -852,6 +853,7 @@ UI = """
 """
 
 
+@pytest.mark.slow
 def test_ui_serves_until_it_is_ended_and_leaves_nothing_behind(machine: Machine) -> None:
     port = free_port()
     process = python(UI, machine.tracking_uri or "", str(port), start_new_session=True)
