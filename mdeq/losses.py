@@ -75,9 +75,9 @@ def segmentation_loss(
 
 
 def joint_loss(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The sum of weighted losses: of a main and auxiliary heads on other scales, or of several tasks.
+    """The weighted sum of the losses of several heads or tasks on one equilibrium.
 
-    Losses on one equilibrium share its adjoint solve, whose right side dl/dz* is the sum of theirs.
+    They share its adjoint solve, whose right side dl/dz* is the sum of theirs.
 
     Args:
         losses: Scalars.
