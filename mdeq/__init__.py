@@ -6,12 +6,14 @@ from mdeq.heads import ClassificationHeadConfig, SegmentationHeadConfig
 from mdeq.maps import State
 from mdeq.model import MDEQ, Equilibrium, MDEQConfig, Network, Prediction
 from mdeq.multiscale import Scales
+from mdeq.saved import Architecture, load
 from mdeq.solvers import Anderson, Broyden, FixedPoint, Gmres, Solution
 
 __all__ = [
     "DEQ",
     "MDEQ",
     "Anderson",
+    "Architecture",
     "Broyden",
     "ClassificationHeadConfig",
     "Equilibrium",
@@ -30,6 +32,7 @@ __all__ = [
     "State",
     "Zeros",
     "equilibrium",
+    "load",
     "trajectory",
     "unroll",
 ]

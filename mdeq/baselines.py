@@ -93,10 +93,11 @@ class ExplicitConfig:
 
     Args:
         name: One of `CLASSIFIERS` or `SEGMENTERS`.
-        weights: `default` begins with ImageNet weights (a segmentation model in its backbone alone):
+        weights: `default` begins with ImageNet weights, a segmentation model in its backbone:
             torchvision's IMAGENET1K_V1, trained by the recipe of the paper's rows; its newer ones
             are several points better.
-        small_input: For 32 x 32 images: the first convolution 3x3 without stride, and no pooling after it.
+        small_input: For 32 x 32 images: the first convolution 3x3 without stride, and no pooling
+            after it.
     """
 
     name: str
@@ -155,7 +156,7 @@ def published_accuracy(config: BaselineConfig) -> dict[str, float] | None:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation and a shortcut (He et al., CVPR 2016, Fig. 2)."""
+    """Two 3x3 convolutions with batch norms, and a shortcut (He et al., CVPR 2016, Fig. 2)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -256,7 +257,7 @@ class Explicit(nn.Module):
             _keep_resolution(self.network)
 
     def forward(self, image: Tensor) -> Prediction:
-        """Logits (B, classes), or (B, classes, h, w) of a segmentation model, for images (B, 3, H, W)."""
+        """Logits (B, classes), or (B, classes, h, w) if it segments, for images (B, 3, H, W)."""
         logits = self.network(image)
         return Prediction(logits["out"] if isinstance(logits, dict) else logits, None)
 

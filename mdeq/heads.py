@@ -35,7 +35,7 @@ class ClassificationHeadConfig:
 
 @dataclass(frozen=True)
 class SegmentationHeadConfig:
-    """Reads `all` scales, resized to the first (as published), or the `highest` alone (the text)."""
+    """Reads `all` scales, resized to the first (as published), or the `highest` (the text)."""
 
     scales: Literal["all", "highest"] = "all"
     kind: Literal["segmentation"] = "segmentation"
@@ -45,7 +45,7 @@ class SegmentationHeadConfig:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions to 4 x `channels` and a shortcut; the inner norms are not affine."""
+    """1x1, 3x3, 1x1 convolutions to 4 x `channels`, and a shortcut; inner norms are not affine."""
 
     expansion = 4
 
@@ -133,7 +133,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Convolutions, biases too, normal with deviation 0.01 (published code); the rest as PyTorch."""
+    """Convolutions, biases too, normal with deviation 0.01 (published code)."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.01)

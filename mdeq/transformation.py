@@ -64,6 +64,12 @@ class MDEQConfig:
         checks.between(0, 1, batch_norm_momentum=self.batch_norm_momentum)
         checks.one_of(("nearest", "bilinear"), upsampling=self.upsampling)
         checks.one_of(("f(z*)", "z*"), train_output=self.train_output)
+        checks.instance(
+            (bool,),
+            variational=self.variational,
+            weight_norm=self.weight_norm,
+            post_fusion_affine=self.post_fusion_affine,
+        )
         if self.groups % 2:
             raise ValueError(
                 f"groups: must be even (half of them norm the fused features), not {self.groups}"
