@@ -27,6 +27,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from pipeline.errors import escaped
 from pipeline.files import write
 
+Array = np.ndarray
+Tables = Mapping[str, pd.DataFrame]
+
 # fmt: off
 NAMES = {
     "alexnet": "AlexNet", "anode": "ANODE", "deeplabv3": "DeepLabv3", "densenet264": "DenseNet-264",
@@ -97,9 +100,8 @@ def save(figure: Figure, path: Path) -> None:
     if path.suffix == ".svg":
         text = content.decode().replace(INK, "currentColor")
         text = re.sub(r"<metadata>.*?</metadata>", _SCHEMES, text, flags=re.DOTALL)
-        content = re.sub(
-            r"font: ([^;\"']*)'[^\"]*?sans-serif", r"font: \1sans-serif", text
-        ).encode()
+        fonts = r"font: ([^;\"']*)'[^\"]*?sans-serif"  # the reader's own instead of ours
+        content = re.sub(fonts, r"font: \1sans-serif", text).encode()
     write(path, content)
 
 
@@ -126,7 +128,7 @@ class Panel:
 
     title: str
     ylabel: str
-    curves: Mapping[str, pd.DataFrame]
+    curves: Tables
     value: str | None = ""
     log: bool = False
 
@@ -164,7 +166,7 @@ def lines(panels: Sequence[Panel], xlabel: str, columns: int = 0, share: bool = 
                 last = _curve(axes, samples, colour, dashed=label.endswith(UNROLLED))
                 if panel.value is not None and last is not None:
                     number = f"  {last:{panel.value}}" if panel.value else ""
-                    ends.append((axes, last, display(label, 26) + number, colour))
+                    ends.append((axes, last, display(label, 30) + number, colour))
         figure.draw_without_rendering()  # gives the axes their size
         for axes in grid.flat:
             _label_ends(axes, [end[1:] for end in ends if end[0] is axes])
@@ -199,7 +201,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         places[i] = max(places[i], places[i - 1] + gap)
     for i in reversed(range(len(places))):
         places[i] = min(places[i], 1 - gap * (len(places) - 1 - i))
-    inside = {"transform": axes.transAxes, "clip_on": False}
+    inside: Any = {"transform": axes.transAxes, "clip_on": False}
     for (_, words, colour), height, place in zip(ends, heights, places, strict=True):
         key = [1, 1 + reach / 2, 1 + reach], [height, place, place]
         axes.plot(*key, color=colour, linewidth=1.4, scalex=False, scaley=False, **inside)
@@ -224,15 +226,13 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
     return _titled(lines(panels, "epoch"), title)
 
 
-def figure4a(histories: Mapping[str, pd.DataFrame], measure: str = "eval/top1") -> Figure:
+def figure4a(histories: Tables, measure: str = "eval/top1") -> Figure:
     """Figure 4a: test accuracy by epoch of all models, from each one's history.csv."""
     curves = {display(name): by_seed(table, measure) for name, table in histories.items()}
     return lines([Panel("", "test accuracy, %", curves, ".1f")], "epoch")
 
 
-def accuracy_by_core_hours(
-    histories: Mapping[str, pd.DataFrame], cores: int | None = None
-) -> Figure:
+def accuracy_by_core_hours(histories: Tables, cores: int | None = None) -> Figure:
     """Test accuracy by core-hours of training, from each model's history.csv.
 
     `cores`: that each training used; None where that is not known: by its hours.
@@ -246,14 +246,14 @@ def accuracy_by_core_hours(
     return lines([Panel("", "test accuracy, %", curves, ".1f")], xlabel)
 
 
-def accuracy_by_evaluations(by_steps: Mapping[str, pd.DataFrame]) -> Figure:
+def accuracy_by_evaluations(by_steps: Tables) -> Figure:
     """Accuracy and residual of solves stopped after so many evaluations of f.
 
     `by_steps`: of each model by_steps.csv, with columns evaluations, accuracy (in %), residual.
     """
     tables = {display(name): table.set_index("evaluations") for name, table in by_steps.items()}
-    accuracy = {name: table[["accuracy"]] for name, table in tables.items()}
-    residual = {name: table[["residual"]] for name, table in tables.items()}
+    accuracy = {name: table.filter(["accuracy"]) for name, table in tables.items()}
+    residual = {name: table.filter(["residual"]) for name, table in tables.items()}
     panels = [
         Panel("test accuracy, %", "", accuracy, ".1f"),
         Panel(f"residual {RESIDUAL}", "", residual, ".1g", log=True),
@@ -261,7 +261,7 @@ def accuracy_by_evaluations(by_steps: Mapping[str, pd.DataFrame]) -> Figure:
     return lines(panels, EVALUATIONS)
 
 
-def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
+def figure5(traces: Tables) -> Figure:
     """Figure 5: the paper's change and the residual by evaluations of f, one column per data set.
 
     Of each data set trace.csv: solver, batch, evaluation, change, residual. Bands are one standard
@@ -282,34 +282,31 @@ def figure5(traces: Mapping[str, pd.DataFrame]) -> Figure:
 
 def by_solver(trace: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
     """A measure of trace.csv by solver: one row per evaluation, one column per batch."""
-    groups = trace.groupby("solver", sort=False)
-    return {
-        display(solver): own.pivot_table(column, "evaluation", "batch") for solver, own in groups
-    }
+    found = {}
+    for solver, own in trace.groupby("solver", sort=False):
+        found[display(solver)] = own.pivot_table(column, "evaluation", "batch")
+    return found
 
 
-def figure5_scales(traces: Mapping[str, pd.DataFrame]) -> Figure:
+def figure5_scales(traces: Tables) -> Figure:
     """The residual of each scale in Broyden's method (Appendix B.2), one panel per data set."""
     panels = []
     for name, trace in traces.items():
-        columns = [str(column) for column in trace if str(column).startswith("residual_")]
-        scales = {
-            column.replace("residual_", "scale "): by_solver(trace, column) for column in columns
-        }
-        curves = {
-            scale: solvers["Broyden"] for scale, solvers in scales.items() if "Broyden" in solvers
-        }
+        own, curves = trace[trace["solver"] == "broyden"], {}
+        for column in own.filter(like="residual_"):
+            label = str(column).replace("residual_", "scale ")
+            curves[label] = own.pivot_table(column, "evaluation", "batch")
         panels.append(Panel(display(name), "" if panels else RESIDUAL, curves, log=True))
     return lines(panels, EVALUATIONS, share=True)
 
 
-def figure5_training(histories: Mapping[str, pd.DataFrame]) -> Figure:
+def figure5_training(histories: Tables) -> Figure:
     """The residual of validation after 2, 4, 8, ... evaluations of f, by epoch (Appendix B.2)."""
     prefix = "solver/residual_after_"
     panels = []
     for name, table in histories.items():
-        columns = [str(column) for column in table if str(column).startswith(prefix)]
-        curves = {column.replace(prefix, "after "): by_seed(table, column) for column in columns}
+        names = [str(column) for column in table.filter(like=prefix)]
+        curves = {name.replace(prefix, "after "): by_seed(table, name) for name in names}
         panels.append(Panel(display(name), "" if panels else RESIDUAL, curves, log=True))
     return lines(panels, "epoch", share=True)
 
@@ -356,7 +353,7 @@ def figure4b(
     return figure
 
 
-def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
+def confusion(counts: Array, names: Sequence[str], title: str) -> Figure:
     """The shares of each true class's predictions, printed where there are at most 20 classes."""
     truth = counts.sum(1, keepdims=True)
     share = np.where(truth > 0, counts / np.maximum(truth, 1), np.nan)
@@ -375,7 +372,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
             axes.set_yticks(range(len(names)), shown)
             for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
                 value = share[row, column]
-                look = {"ha": "center", "va": "center", "fontsize": TINY}
+                look: Any = {"ha": "center", "va": "center", "fontsize": TINY}
                 axes.text(
                     column, row, f"{100 * value:.0f}", color="w" if value > 0.45 else DARK, **look
                 )
@@ -390,11 +387,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], title: str) -> Figure:
 
 
 def classified(
-    images: np.ndarray,
-    truths: Sequence[int],
-    probabilities: np.ndarray,
-    names: Sequence[str],
-    title: str,
+    images: Array, truths: Sequence[int], probabilities: Array, names: Sequence[str], title: str
 ) -> Figure:
     """Images (N, H, W, 3) in 0..1 with their class, and the three most probable answers as bars."""
     columns = min(6, len(images))
@@ -411,17 +404,17 @@ def classified(
     return _titled(figure, title)
 
 
-def _picture(axes: Axes, picture: np.ndarray, title: str = "", aspect: str = "equal") -> None:
+def _picture(axes: Axes, picture: Array, title: str = "", aspect: Any = "equal") -> None:
     axes.imshow(picture, interpolation="nearest" if len(picture) <= 128 else None, aspect=aspect)
     axes.set_title(title, pad=4)
     axes.set_axis_off()
 
 
-def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[str]) -> None:
+def _answers(axes: Axes, probabilities: Array, truth: int, names: Sequence[str]) -> None:
     """The three most probable classes as bars, green where right."""
     best = [int(label) for label in np.argsort(-probabilities)[:3]]
     axes.set_axis_on()
-    look = {"va": "center", "fontsize": TINY, "color": DARK}
+    look: Any = {"va": "center", "fontsize": TINY, "color": DARK}
     for place, label in zip((0, -1, -2), best, strict=False):
         colour = "#86cdae" if label == truth else "#eeb0b8"
         axes.barh(place, 1, color="#eef0f3", height=0.86)
@@ -433,11 +426,11 @@ def _answers(axes: Axes, probabilities: np.ndarray, truth: int, names: Sequence[
 
 
 def segmented(
-    images: Sequence[np.ndarray],
-    truths: Sequence[np.ndarray],
-    predictions: Sequence[np.ndarray],
+    images: Sequence[Array],
+    truths: Sequence[Array],
+    predictions: Sequence[Array],
     names: Sequence[str],
-    colours: np.ndarray,
+    colours: Array,
     title: str,
 ) -> Figure:
     """One row per scene: image, truth, prediction, errors; below them the classes that occur.
@@ -478,18 +471,18 @@ def segmented(
     return _titled(figure, title)
 
 
-def _palette(colours: np.ndarray) -> np.ndarray:
+def _palette(colours: Array) -> Array:
     """The colour of each byte, black beyond the classes."""
     return np.vstack([colours, np.zeros((256 - len(colours), 3), dtype=np.uint8)])
 
 
 def overview(
-    image: np.ndarray,
-    truth: np.ndarray,
-    looks: Mapping[int, tuple[Sequence[np.ndarray], np.ndarray]],
+    image: Array,
+    truth: Array,
+    looks: Mapping[int, tuple[Sequence[Array], Array]],
     residuals: Mapping[str, Sequence[float]],
     names: Sequence[str],
-    colours: np.ndarray,
+    colours: Array,
 ) -> Figure:
     """What an equilibrium model does: z on its way to z*, its answers, and the residuals.
 
@@ -560,7 +553,7 @@ def _residuals(axes: Axes, residuals: Mapping[str, Sequence[float]], looks: list
     axes.legend(handles, [display(solver) for solver in residuals], loc="lower left")
 
 
-def principal(z: np.ndarray) -> tuple[np.ndarray, ...]:
+def principal(z: Array) -> tuple[Array, ...]:
     """Of z (H, W, C): mean, three principal directions (C, 3), lowest values, ranges."""
     flat = z.reshape(-1, z.shape[-1])
     found = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][:3].T
@@ -571,7 +564,7 @@ def principal(z: np.ndarray) -> tuple[np.ndarray, ...]:
     return flat.mean(0), directions, low, np.maximum(high - low, 1e-3 * (high - low).max() + 1e-12)
 
 
-def coloured(z: np.ndarray, base: tuple[np.ndarray, ...]) -> np.ndarray:
+def coloured(z: Array, base: tuple[Array, ...]) -> Array:
     """`z` (H, W, C) as RGB (H, W, 3): the first direction is brightness, two are hue (YCbCr)."""
     mean, directions, low, spread = base
     light, blue, red = np.moveaxis(((z - mean) @ directions - low) / spread, -1, 0)

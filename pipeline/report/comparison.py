@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 from ruamel.yaml import YAML
@@ -211,8 +211,8 @@ def slower(traces: Mapping[str, dict[str, pd.Series]]) -> Record:
     claim = PAPER["figure5"]["resolution"]
     counts = {}
     for title, solvers in traces.items():
-        curve = solvers.get("Broyden", pd.Series(dtype=float))
-        counts[title] = min(curve.index[curve <= LEVEL], default=math.inf)
+        curve: Any = solvers.get("Broyden", pd.Series(dtype=float)).items()
+        counts[title] = min((k for k, residual in curve if residual <= LEVEL), default=math.inf)
     if len(counts) < len(SETS):
         return _claim(claim, None)
     words = ", ".join(f"{title} {_print(n, '{:.0f}', 'never')}" for title, n in counts.items())
@@ -233,7 +233,7 @@ def _figure4b(results: Results) -> Record:
         whole = found.metrics.get(f"{reference}/memory_bytes") or math.nan
         for model in rounds:
             memory = found.metrics.get(f"{model}/memory_bytes", math.nan)
-            ratios["time"][model] = float(rounds[model].median())
+            ratios["time"][model] = rounds[model].median()
             ratios["memory"][model] = memory / whole
             printed = PAPER["figure4b"]["relative"].get(model, {})
             own = {
@@ -288,7 +288,7 @@ def _made(folder: str, result: Result) -> Record:
 # how numbers are printed
 
 
-def _finite(value: float | None) -> bool:
+def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 

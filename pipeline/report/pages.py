@@ -37,10 +37,13 @@ def markdown(record: Record, machine: dict[str, Any], folder: Path) -> str:
         paths = [path.relative_to(folder.parent) for path in sorted(folder.parent.glob(pattern))]
         return Markup("\n\n").join(picture(path.parent.as_posix(), f"../{path}") for path in paths)
 
-    environment = _environment()
-    environment.globals |= {"picture": picture, "pictures": pictures}
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
-    text = environment.get_template(TEMPLATE).render(record, title=TITLE, machine=facts)
+    known = {
+        "title": TITLE,
+        "machine": ", ".join(f"{name} {value}" for name, value in machine.items()),
+        "picture": picture,
+        "pictures": pictures,
+    }
+    text = _environment().get_template(TEMPLATE).render(record | known)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -62,16 +65,17 @@ def readme_table(record: Record) -> str:
 def page(text: str, folder: Path) -> str:
     """Markdown as one HTML page; the pictures that it names relative to `folder` are inside."""
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    renderer: Any = parser.renderer
 
     def image(tokens: list[Any], index: int, *_: Any) -> str:
         path = folder / unquote(str(tokens[index].attrs["src"]))
         data = base64.b64encode(path.read_bytes()).decode()
-        alt = html.escape(parser.renderer.renderInlineAsText(tokens[index].children, {}, {}))
+        alt = html.escape(renderer.renderInlineAsText(tokens[index].children, {}, {}))
         return f'<img alt="{alt}" src="data:image/{KINDS[path.suffix]};base64,{data}">'
 
-    parser.renderer.rules["image"] = image
-    parser.renderer.rules["table_open"] = lambda *_: '<div class="scroll" tabindex="0"><table>\n'
-    parser.renderer.rules["table_close"] = lambda *_: "</table></div>\n"
+    renderer.rules["image"] = image
+    renderer.rules["table_open"] = lambda *_: '<div class="scroll" tabindex="0"><table>\n'
+    renderer.rules["table_close"] = lambda *_: "</table></div>\n"
     tokens = parser.parse(text)
     links = []
     for opening, words in zip(tokens, tokens[1:], strict=False):
@@ -79,7 +83,7 @@ def page(text: str, folder: Path) -> str:
             short = words.content.partition(":")[0]
             opening.attrSet("id", f"section-{len(links)}")
             links.append(f'<a href="#section-{len(links)}">{html.escape(short)}</a>')
-    body = parser.renderer.render(tokens, parser.options, {})
+    body = renderer.render(tokens, parser.options, {})
     style = Path(__file__).with_name(STYLE).read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import AliasChoices, Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from pipeline.sets import BY_STAGE, SETS
 
@@ -28,7 +28,7 @@ class Facts:
     device: str = ""
     commit: str = ""
     run: str | None = ""
-    source: Annotated[str, Field(validation_alias=AliasChoices("source", "data/source"))] = ""
+    source: str = ""
     seeds: list[int] = field(default_factory=list)
     samples: int | None = None
     reference: str = ""

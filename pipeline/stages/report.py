@@ -61,7 +61,7 @@ def drawings(results: Results) -> dict[str, Figure]:
     traces = results.tables("convergence/", "trace.csv")
     traces = {known.title: traces[name] for name, known in SETS.items() if name in traces}
     plain = {name: table for name, table in own.items() if name not in report.VARIED}
-    varied = own if len(plain) < len(own) else {}
+    varied = plain | own if len(plain) < len(own) else {}
     plans = {
         "figure4a": (figures.figure4a, plain),
         "hours": (figures.accuracy_by_core_hours, plain),
