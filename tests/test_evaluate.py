@@ -156,7 +156,8 @@ def test_another_process_that_writes_the_same_results_is_refused(
 def segmenter(classes: int) -> Network:
     torch.manual_seed(0)
     config = MDEQConfig(channels=(8, 8), expansion=1, groups=2, downsamplings=2)
-    return Network(config, SegmentationHeadConfig(), classes, Broyden(steps=STEPS))
+    solver = Broyden(steps=STEPS, tolerance=0.0)
+    return Network(config, SegmentationHeadConfig(), classes, solver)
 
 
 def test_scenes_are_measured_at_the_size_of_their_labels_and_written_at_that_of_their_photos(

@@ -135,8 +135,9 @@ def by_steps(trained: Trained, params: EvaluateParams, machine: Machine) -> pd.D
     """The table of by_steps.csv: evaluations, accuracy or mIoU (per cent), mean relative residual.
 
     With a limit of T steps a solver's answer is T evaluations of f away from its start z = 0; one
-    more evaluation measures its residual. The limits may exceed the one trained with. All come from
-    one solve per sample. No rows if params ask for none, or the model has no solver.
+    more evaluation measures its residual. The limits may exceed the one trained with, and no
+    tolerance stops a solve, so that every row is at that number of evaluations. No rows if params
+    ask for none, or the model has no solver.
     """
     network, up_to = trained.network, params.accuracy_up_to or 0
     if not isinstance(network, Network) or network.backbone.config.unrolled:
@@ -168,23 +169,20 @@ def every_limit(network: Network, images: Tensor, up_to: int) -> Iterator[tuple[
     """Logits and relative residuals (B,) with a limit of 1, 2, ..., `up_to` steps, by one solve."""
     f, z0, scales = network.backbone.fixed_point_problem(images)
     iterates: list[Tensor] = []
-    relative: list[Tensor] = []
 
     def watched(z: Tensor) -> Tensor:
-        value = f(z)
         iterates.append(z.clone())
-        norm = torch.linalg.vector_norm
-        relative.append(norm(value - z, dim=1) / norm(value, dim=1))
-        return value
+        return f(z)
 
-    solver = replace(network.backbone.forward_solver, steps=up_to)
-    trace = solver(watched, z0).trace.nan_to_num(torch.inf, torch.inf)
-    trace[0, trace[0] > solver.tolerance] = torch.inf  # z0 is an answer only where it solves
-    states, residuals = torch.stack(iterates), torch.stack(relative)
-    samples = torch.arange(len(images), device=images.device)
+    usual = network.backbone.forward_solver
+    solver = replace(usual, steps=up_to, tolerance=0.0, stop="relative")
+    residuals = solver(watched, z0).trace.nan_to_num(torch.inf, torch.inf)
+    residuals[0, residuals[0] > 0] = torch.inf  # z0 is an answer only where it solves
+    states, samples = torch.stack(iterates), torch.arange(len(images), device=images.device)
     for limit in range(1, up_to + 1):
-        best = trace[: limit + 1].argmin(0)  # a solver returns the iterate of smallest residual
-        yield network.head(scales.split(states[best, samples])), residuals[best, samples]
+        # a solver returns the iterate of smallest residual
+        residual, best = residuals[: limit + 1].min(0)
+        yield network.head(scales.split(states[best, samples])), residual
 
 
 def examples(trained: Trained, count: int, device: str) -> Figure:
