@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+import pandas as pd
+
 from pipeline import files
 from pipeline.errors import UserError
 from pipeline.machine import Machine, masked, versions
@@ -62,7 +64,7 @@ REASONS = {  # what an error says -> what is wrong, and what to do
     "": "it cannot be used now; the runs wait in their files",
 }
 THREADS = threading.Lock()
-PICTURE = (
+PICTURE = (  # a grey pixel, the example of a logged model's input
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 )
 VIEW = "stages"
@@ -234,7 +236,6 @@ class Upload:
 
     def _log_model(self, path: Path) -> None:
         """Stores a model such that `mlflow.pyfunc.load_model` and `mlflow models serve` predict."""
-        import pandas as pd
         from mlflow import pyfunc
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model, ModelSignature
