@@ -4,6 +4,8 @@
 template, `page` makes its text one HTML page.
 """
 
+from __future__ import annotations
+
 from pipeline.report.comparison import VARIED, build
 from pipeline.report.pages import markdown, page, readme_table
 from pipeline.report.results import Results, read
