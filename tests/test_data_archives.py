@@ -1,4 +1,4 @@
-"""The official archives: unpacked whole or not at all, without trust, and again when they are replaced."""
+"""The official archives: unpacked whole or not at all, without trust, again when replaced."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def jpeg() -> bytes:
     return content.getvalue()
 
 
-def add(
-    tar: tarfile.TarFile, name: str, content: bytes, kind: bytes = tarfile.REGTYPE
-) -> None:
+def add(tar: tarfile.TarFile, name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.type, member.linkname = len(content), kind, "/etc/passwd"
     tar.addfile(member, io.BytesIO(content))
@@ -92,7 +90,9 @@ def test_cifars_archive_becomes_the_folder(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / cifar10.ARCHIVE, "w:gz") as tar:
         tar.add(tmp_path / "drawn" / cifar10.FOLDER, cifar10.FOLDER)
     cifar10.unpack_archives(tmp_path)
-    ours, theirs = (cifar10.read_split(root, None, "test") for root in (tmp_path, tmp_path / "drawn"))
+    ours, theirs = (
+        cifar10.read_split(root, None, "test") for root in (tmp_path, tmp_path / "drawn")
+    )
     assert all(np.array_equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
@@ -147,7 +147,8 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
-    "member", ["../evil", "/evil", "x/../../evil", f"{cifar10.FOLDER}/../../evil", "gtFine/val/x/evil.sh"]
+    "member",
+    ["../evil", "/evil", "x/../../evil", f"{cifar10.FOLDER}/../../evil", "gtFine/val/x/evil.sh"],
 )
 def test_names_that_do_not_belong_are_refused(tmp_path: Path, name: str, member: str) -> None:
     root = tmp_path / "root"
@@ -206,7 +207,10 @@ MANY = {f"gtFine/train/x/{i}.png": bytes(2**22) for i in range(20)}
 BOMBS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "one member": (GTFINE, lambda path: a_zip(path, {"gtFine/train/x/b.png": bytes(2**26 + 1)})),
     "all members": (GTFINE, lambda path: a_zip(path, MANY)),
-    "a batch": (cifar10.ARCHIVE, lambda path: a_tar_of_one(path, f"{cifar10.FOLDER}/test_batch", 2**40)),
+    "a batch": (
+        cifar10.ARCHIVE,
+        lambda path: a_tar_of_one(path, f"{cifar10.FOLDER}/test_batch", 2**40),
+    ),
     "an inner image": (TRAIN, an_inner_bomb),
     "a header": (TRAIN, a_huge_header),
 }

@@ -1,4 +1,4 @@
-"""CIFAR-10: the real format, read without trust; batches that depend on (seed, epoch, index) alone."""
+"""CIFAR-10: the real format, read without trust; batches held in memory."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ class Runs:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("content", [None, b"cnumpy\nload\n(S'x'\ntR.", b"cbuiltins\neval\n(S'1'\ntR."])
+@pytest.mark.parametrize(
+    "content", [None, b"cnumpy\nload\n(S'x'\ntR.", b"cbuiltins\neval\n(S'1'\ntR."]
+)
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, content: bytes | None) -> None:
     trap = tmp_path / "ran"
     with pytest.raises(UserError, match=r"data_batch_1: .*no CIFAR-10 batch needs"):

@@ -116,7 +116,9 @@ def test_scales_are_the_published_ones_and_labels_follow_the_image() -> None:
     assert min(seen) == 32 and max(seen) == 80
 
 
-def test_evaluation_is_the_whole_picture_optionally_resized(root: Path, manifest_of: Callable) -> None:
+def test_evaluation_is_the_whole_picture_optionally_resized(
+    root: Path, manifest_of: Callable
+) -> None:
     manifest = manifest_of(cityscapes, root)
     whole = FileDataset(Cityscapes(root, manifest, "val"), FACTS)
     images, targets = whole[Keys(0, [1, 0])]
@@ -133,7 +135,9 @@ def test_evaluation_is_the_whole_picture_optionally_resized(root: Path, manifest
 
 
 def test_pictures_of_several_sizes_need_a_test_size(root: Path, manifest_of: Callable) -> None:
-    write_pair(root, "val/ulm/ulm_1", np.zeros((20, 30, 3), np.uint8), np.full((20, 30), 7, np.uint8))
+    write_pair(
+        root, "val/ulm/ulm_1", np.zeros((20, 30, 3), np.uint8), np.full((20, 30), 7, np.uint8)
+    )
     manifest = manifest_of(cityscapes, root)
     with pytest.raises(UserError, match="several sizes .*set test_size"):
         FileDataset(Cityscapes(root, manifest, "val"), FACTS)[Keys(0, [0, 1, 2])]

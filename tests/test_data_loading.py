@@ -1,4 +1,4 @@
-"""What training reads: the files of the manifest, in an order and with an augmentation that workers do not change."""
+"""What training reads: the manifest's files, in an order and augmented as no worker changes."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def test_the_manifest_is_refused_when_it_is_not_prepares(machine: Machine) -> No
     folder = Path("results/data/imagenet")
     whole = (folder / "manifest.csv").read_bytes()
     (folder / "manifest.csv").write_bytes(whole.replace(b'n01558993",', b'n01644373",', 1))
-    with pytest.raises(UserError, match=r"manifest\.csv: not as prepare wrote it.*prepare imagenet"):
+    with pytest.raises(
+        UserError, match=r"manifest\.csv: not as prepare wrote it.*prepare imagenet"
+    ):
         read_summary("imagenet")
     for content in (b"", b"[]", b"{", b"\xff"):
         (folder / "summary.json").write_bytes(content)

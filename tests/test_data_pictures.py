@@ -1,4 +1,4 @@
-"""The one reader of pictures: what it accepts, prepare accepts; what it refuses, all refuse in one line."""
+"""The one reader of pictures: what it refuses, everything refuses, in one line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ REFUSED = {
     "png cut short": (written(encoded(PHOTO, "PNG")[:-40]), "not a readable picture"),
     "empty": (written(b""), "an empty file"),
     "text": (written(b"not a picture"), "not a readable picture"),
-    "postscript": (written(encoded(PHOTO, "EPS")), "not a readable picture"),  # would start a program
+    "postscript": (
+        written(encoded(PHOTO, "EPS")),
+        "not a readable picture",
+    ),  # would start a program
     "one pixel": (written(encoded(PHOTO.resize((1, 1)))), "too small for a picture"),
     "16 bits": (written(encoded(Image.new("I;16", (9, 9)), "PNG")), "not an 8-bit picture"),
     "floats": (written(encoded(Image.new("F", (9, 9)), "TIFF")), "not an 8-bit picture"),

@@ -1,4 +1,4 @@
-"""prepare: a verified manifest, the same bytes on every run, every change noticed, every damage repaired, no torch."""
+"""prepare: the same bytes on every run, every change noticed, every damage repaired, no torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pipeline.data import cifar10, generated, imagenet
+from pipeline.data import cifar10, generated, imagenet, sheet
 from pipeline.data.loading import Keys
 from pipeline.data.manifest import Manifest, data_root
 from pipeline.data.readers import evaluation_data
@@ -33,7 +32,8 @@ from pipeline.stages import prepare
 PARAMS = {
     "cifar10": PrepareParams(source="generated", generated=GeneratedCifar10(train=20, test=10)),
     "imagenet": PrepareParams(
-        source="generated", generated=GeneratedImageNet(classes=2, train_per_class=2, val_per_class=1)
+        source="generated",
+        generated=GeneratedImageNet(classes=2, train_per_class=2, val_per_class=1),
     ),
     "cityscapes": PrepareParams(
         source="generated", generated=GeneratedCityscapes(train=2, val=1, height=32, width=64)
@@ -106,9 +106,7 @@ def test_outputs_and_the_same_bytes_again(
     assert without_run(name) == rest
 
 
-def test_only_what_changed_is_read_again(
-    machine: Machine, photos: Path, read: list[str]
-) -> None:
+def test_only_what_changed_is_read_again(machine: Machine, photos: Path, read: list[str]) -> None:
     prepare.run("imagenet", FOLDER, machine)
     before = outputs("imagenet")
     changed = next((photos / "train").rglob("*.JPEG"))
@@ -184,7 +182,9 @@ def as_a_folder(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("spoil", [flip, lambda path: path.write_bytes(b""), Path.unlink, as_a_folder])
+@pytest.mark.parametrize(
+    "spoil", [flip, lambda path: path.write_bytes(b""), Path.unlink, as_a_folder]
+)
 @pytest.mark.parametrize("damaged", DAMAGED)
 def test_any_damage_is_repaired_by_the_same_command(
     machine: Machine, photos: Path, damaged: str, spoil: Callable[[Path], Any]
@@ -209,14 +209,14 @@ def test_linked_outputs_are_replaced_never_written_through(machine: Machine, pho
 
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Does `work` in a process that is killed before its `number`th change of the disk; whether it came so far."""
+    """Whether a process that does `work` comes to its `number`th change of the disk, and dies."""
     child = os.fork()
     if child == 0:
         count = 0
 
         def watch(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal count
-            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
             if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
                 count += 1
                 if count == number:
@@ -243,11 +243,12 @@ def archive(machine: Machine) -> None:
         tar.add(machine.root / "drawn" / cifar10.FOLDER, cifar10.FOLDER)
 
 
-@pytest.mark.parametrize("source", ["archive", "generated", "generated anew"])
+@pytest.mark.parametrize("source", ["archive", "generated anew"])
 def test_killed_at_any_moment_the_same_command_gives_the_same(
-    machine: Machine, tmp_path: Path, source: str
+    machine: Machine, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = replace(PARAMS["cifar10"])
+    monkeypatch.setattr(sheet, "contact_sheet", lambda *_: Image.new("RGB", (9, 9)))  # in less time
+    params = PARAMS["cifar10"]
     if source == "archive":
         archive(machine)
         params = FOLDER
@@ -282,4 +283,6 @@ def test_the_stage_does_not_import_torch(machine: Machine, repository: Path) -> 
         "p = PrepareParams(source='generated', generated=drawn)\n"
         "prepare.run('cityscapes', p, Machine(root=Path.cwd())); assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(repository)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(repository)}
+    )

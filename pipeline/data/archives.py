@@ -91,7 +91,7 @@ def tarred(
         if content is None:
             opener: Callable[..., Any] = gzip.open if archive.suffix == ".gz" else open
             content = stack.enter_context(opener(archive, "rb"))
-        tar = stack.enter_context(tarfile.TarFile(fileobj=_Pieces(content)))
+        tar = stack.enter_context(tarfile.TarFile(fileobj=_Pieces(content)))  # type: ignore[arg-type]
         for member in tar:
             if member.isdir():
                 continue

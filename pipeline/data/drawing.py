@@ -164,7 +164,7 @@ def _colour(rng: Rng, ranges: tuple[tuple[float, float], tuple[float, float]]) -
 
 IDS = {name: label.id for name, label in name2label.items()}
 COUNTED = {label.id for label in name2label.values() if label.hasInstances}
-VEHICLES = {"tram": (0.3,), "truck end": (0.35,), "bus": (0.35,), "car": (0.6, 0.6, 0.5)}
+VEHICLES = {"tram": (0.45,), "truck end": (0.5,), "bus": (0.45,), "car": (0.6, 0.6, 0.5)}
 WHEELS = ("cyclist", "bicycle", "motorcycle", "motorcyclist")
 POLES = ("sign", "triangle", "light", "lamp", "sign", "light", "bin")
 FAR = 60.0  # metres

@@ -37,8 +37,8 @@ def official_evaluation(predictions: Path, truths: Path) -> dict[str, Any]:
         if not found[-1].is_file():
             raise fault(found[-1], "no such prediction; evaluate the whole split (limit: null)")
     pairs = [str(path) for path in found], [str(path) for path in wanted]
-    settings = {"JSONOutput": False, "quiet": True, "evalInstLevelScore": True}
-    with patch.object(np, "in1d", np.isin, create=True), patch.multiple(tool.args, **settings):
+    quiet = patch.multiple(tool.args, JSONOutput=False, quiet=True, evalInstLevelScore=True)
+    with patch.object(np, "in1d", np.isin, create=True), quiet:
         try:
             return tool.evaluateImgLists(*pairs, tool.args)
         except SystemExit:  # it has said why

@@ -82,6 +82,6 @@ def _unfit(image: Image.Image) -> str:
         return f"{size}: too large; scale it down"
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a photo with its preview
         return "an animation; keep one frame"
-    if image.mode not in MODES or ";16" in str(image.tile):
+    if image.mode not in MODES or ";16" in str(getattr(image, "tile", "")):
         return "not an 8-bit picture; convert it"
     return ""

@@ -26,20 +26,18 @@ def training_data(
         UserError: The set is not prepared, or its files are not those of the manifest.
     """
     root, manifest = located(dataset, machine)
-    facts = SETS[dataset]
-    chosen: dict[str, Any] = {"augment": params.augment, "limit": params.limit}
+    own: Any = params  # of the stage that trains on the set
+    chosen: dict[str, Any] = {"augment": own.augment, "limit": own.limit}
     if dataset == "cifar10":
         train = open_cifar10(root, manifest, "train", seed=seed, device=machine.device, **chosen)
         return train, _validation(dataset, {}, machine)
     if dataset == "imagenet":
-        samples = ImageNet(root, manifest, "train", size=params.image, **chosen)
-        return FileDataset(samples, facts, seed), _validation(
-            dataset, {"image": params.image}, machine
-        )
-    samples = Cityscapes(root, manifest, "train", crop=params.crop, **chosen)
-    return FileDataset(samples, facts, seed), _validation(
-        dataset, {"test_size": params.test_size}, machine
-    )
+        size = {"image": own.image}
+        samples = ImageNet(root, manifest, "train", size=own.image, **chosen)
+    else:
+        size = {"test_size": own.test_size}
+        samples = Cityscapes(root, manifest, "train", crop=own.crop, **chosen)
+    return FileDataset(samples, SETS[dataset], seed), _validation(dataset, size, machine)
 
 
 def evaluation_data(

@@ -94,12 +94,12 @@ def _run(name: str, params: PrepareParams, machine: Machine, kept: Path) -> None
     root = data_root(name, params.source, machine)
     remove_partial(kept)
     remove_partial(target)
-    if params.source == "generated":
-        generated.ensure(root, name, params.generated)
     if params.source == "download":
         root.mkdir(parents=True, exist_ok=True)
         form.download(root)
-    if params.source != "generated":
+    if params.generated is not None:
+        generated.ensure(root, name, params.generated)
+    else:
         form.unpack_archives(root)
     found = form.find(root)
     stamps = [[_stamp(root, path) for path in one.files] for one in found]
