@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,18 @@ from mdeq.reversible import reversible
 from mdeq.solvers import Anderson, Broyden, FixedPoint, Gmres, Map, Solution, Solver
 
 OnBackward = Callable[[Solution], None]
+
+
+def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, whose import of the compiler takes as long as that of torch."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Reversible:
 Gradient = Implicit | Phantom | Reversible
 
 
-@torch.compiler.disable
+@never_compiled
 def equilibrium(
     f: Callable[..., State],
     z0: State,
@@ -133,7 +145,7 @@ def equilibrium(
     return flat.layout.restore(value), solution
 
 
-@torch.compiler.disable
+@never_compiled
 def trajectory(
     f: Callable[..., State],
     z0: State,
