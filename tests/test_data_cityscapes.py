@@ -145,12 +145,11 @@ def test_pictures_of_several_sizes_need_a_test_size(root: Path, manifest_of: Cal
     assert resized[Keys(0, [0, 1, 2])][0].shape == (3, 3, 16, 24)
 
 
-def test_download_says_how_to_fetch_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="csDownload -d .* leftImg8bit_trainvaltest.zip gtFine_tr"):
-        cityscapes.download(tmp_path)
-    (tmp_path / "gtFine").mkdir()
-    with pytest.raises(UserError, match="csDownload -d .* leftImg8bit_trainvaltest.zip`"):
-        cityscapes.download(tmp_path)
+def test_what_is_missing_is_said_with_how_to_fetch_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="leftImg8bit/train: no such folder.*`csDownload leftImg8bit_"
+    ):
+        cityscapes.find(tmp_path)
 
 
 def test_the_official_tool_scores_predictions_as_we_do(root: Path, manifest_of: Callable) -> None:

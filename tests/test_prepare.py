@@ -281,7 +281,8 @@ def test_the_stage_does_not_import_torch(machine: Machine, repository: Path) -> 
         "from pipeline.settings import GeneratedCityscapes, PrepareParams\n"
         "drawn = GeneratedCityscapes(train=1, val=1, height=32, width=64)\n"
         "p = PrepareParams(source='generated', generated=drawn)\n"
-        "prepare.run('cityscapes', p, Machine(root=Path.cwd())); assert 'torch' not in sys.modules\n"
+        "prepare.run('cityscapes', p, Machine(root=Path.cwd()))\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(repository)}

@@ -153,6 +153,7 @@ def download(root: Path) -> None:
 
     if (root / FOLDER).exists() or (root / ARCHIVE).exists():
         return
+    root.mkdir(parents=True, exist_ok=True)
     partial = f"{ARCHIVE}.partial"
     try:
         download_url(CIFAR10.url, str(root), partial, CIFAR10.tgz_md5)

@@ -21,7 +21,10 @@ IMAGE_END, LABEL_END = "_leftImg8bit.png", "_gtFine_labelIds.png"
 ARCHIVES = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_trainvaltest.zip"}
 IGNORE = 255
 UNKNOWN = 254
-SOURCE = f"Cityscapes' folders {IMAGES} and {LABELS}, or {' and '.join(ARCHIVES.values())}"
+SOURCE = (
+    f"Cityscapes' folders {IMAGES} and {LABELS}, or its zips (with an account at "
+    f"https://www.cityscapes-dataset.com, `csDownload {' '.join(ARCHIVES.values())}` fetches them),"
+)
 
 
 # ---- classes
@@ -175,22 +178,6 @@ def _unpack(archive: Path, folder: Path) -> None:
             path = folder / Path(*Path(name).parts[1:])
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.read())
-
-
-def download(root: Path) -> None:
-    """Unless the set is there: an error that says how its user fetches it with an account."""
-    lacking = [
-        name
-        for kind, name in ARCHIVES.items()
-        if not ((root / kind).exists() or (root / name).exists())
-    ]
-    if lacking:
-        raise fault(
-            root,
-            f"Cityscapes needs an account at https://www.cityscapes-dataset.com; run "
-            f"`csDownload -d '{root}' {' '.join(lacking)}`, "
-            "and set prepare.cityscapes.source to folder",
-        )
 
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:

@@ -25,7 +25,10 @@ ARCHIVES = {split: f"ILSVRC2012_img_{split}.tar" for split in SPLITS}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 RESIZE_PER_CROP = 256 / 224
-SOURCE = f"the official archives ({ARCHIVES['train']}, {ARCHIVES['val']} and {DEVKIT})"
+SOURCE = (
+    f"the official archives ({ARCHIVES['train']}, {ARCHIVES['val']} and {DEVKIT}, "
+    "which you fetch at https://image-net.org/download-images)"
+)
 
 
 # ---- what the prepare stage asks of every set, see `pipeline.stages.prepare.Format`
@@ -56,7 +59,7 @@ def _check_split(root: Path, split: str) -> None:
         raise fault(
             folder,
             "no such folder; ImageNet is read from {train,val}/<wnid>/*.JPEG, "
-            f"or from {SOURCE} put into {root}",
+            f"or from {SOURCE}, put into {root}",
         )
     entries = listed(folder)
     if not entries:
@@ -159,16 +162,6 @@ def validation_wnids(devkit: Path) -> list[str]:
         if not re.fullmatch(r"n\d{8}", name):
             raise fault(devkit, f"{name!r} is not a wnid")
     return wnids
-
-
-def download(root: Path) -> None:
-    """Unless the set is there: an error that says how its user fetches it, as no program may."""
-    if not all((root / split).exists() or (root / ARCHIVES[split]).exists() for split in SPLITS):
-        raise fault(
-            root,
-            "no program may download ImageNet; log in at https://image-net.org/download-images, "
-            f"accept its terms, put {SOURCE} there, and set prepare.imagenet.source to folder",
-        )
 
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:

@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from pipeline import tracking
 from pipeline.data import cifar10, cityscapes, generated, imagenet, manifest, pictures, sheet
@@ -41,34 +40,11 @@ OUTPUTS = (
 ROWS, PROOF = "rows.json", "proof.json"
 
 
-class Format(Protocol):
-    """What a data set's module offers to this stage.
+FORMATS: dict[str, Any] = {"cifar10": cifar10, "imagenet": imagenet, "cityscapes": cityscapes}
+"""Each offers unpack_archives, find, inspect, check (what no single row shows), counts and samples.
 
-    Each raises a UserError that names the file if the data are missing or not as they must be.
-    """
-
-    def download(self, root: Path) -> None: ...
-
-    def unpack_archives(self, root: Path) -> None: ...
-
-    def find(self, root: Path) -> list[Found]: ...
-
-    def inspect(self, root: Path, found: Found) -> Row: ...
-
-    def check(self, root: Path, rows: list[Row]) -> None:
-        """Checks what no single row shows."""
-        ...
-
-    def counts(self, rows: list[Row]) -> dict[str, dict[str, int]]:
-        """Images or, of Cityscapes, pixels, of each split and class."""
-        ...
-
-    def samples(
-        self, root: Path, rows: list[Row], each: int
-    ) -> list[tuple[str, list[np.ndarray]]]: ...
-
-
-FORMATS: dict[str, Format] = {"cifar10": cifar10, "imagenet": imagenet, "cityscapes": cityscapes}
+All raise a UserError that names the file if the data are missing or not as they must be.
+"""
 SHEETS = {  # pictures per group, groups side by side, width and height of a picture
     "cifar10": (8, 2, (64, 64)),
     "imagenet": (6, 1, (132, 120)),
@@ -94,9 +70,8 @@ def _run(name: str, params: PrepareParams, machine: Machine, kept: Path) -> None
     root = data_root(name, params.source, machine)
     remove_partial(kept)
     remove_partial(target)
-    if params.source == "download":
-        root.mkdir(parents=True, exist_ok=True)
-        form.download(root)
+    if params.source == "download" and name == "cifar10":
+        cifar10.download(root)
     if params.generated is not None:
         generated.ensure(root, name, params.generated)
     else:
@@ -133,10 +108,10 @@ def _stamp(root: Path, path: str) -> tuple[str, int, int, int]:
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _code(form: Format) -> list[str]:
+def _code(form: ModuleType) -> list[str]:
     """The digests of the code that makes the outputs."""
     modules = (manifest, pictures, sheet, form)
-    files = [__file__, *(str(getattr(module, "__file__", "")) for module in modules)]
+    files = [__file__, *(str(module.__file__) for module in modules)]
     return [file_digest(Path(file)) for file in files]
 
 
@@ -154,7 +129,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _rows(
-    form: Format, root: Path, found: list[Found], stamps: list[Any], kept: Path, machine: Machine
+    form: ModuleType,
+    root: Path,
+    found: list[Found],
+    stamps: list[Any],
+    kept: Path,
+    machine: Machine,
 ) -> list[Row]:
     """Reads, in threads, the files that are new or have another stamp than when last read.
 
