@@ -91,11 +91,12 @@ class Predictor:
         machine.use_threads()
         self.device, self.height = machine.device, height
         self.network, architecture, self.facts = load_model(model, machine.device)
-        names, self.params = self.facts.get("names"), self.facts.get("params")
-        known = self.facts.get("dataset") in list(SETS) and isinstance(self.params, dict)
+        names, params = self.facts.get("names"), self.facts.get("params")
+        known = self.facts.get("dataset") in list(SETS) and isinstance(params, dict)
         if not known or not isinstance(names, list) or len(names) != architecture.classes:
             raise UserError(f"{model}: does not name its data set and classes; import it again")
         self.dataset = SETS[self.facts["dataset"]]
+        self.params: dict[str, Any] = self.facts["params"]
         self.names = words([str(name) for name in names])
         self.segments = self.dataset.name == "cityscapes"
         if isinstance(self.network, Network):
@@ -154,7 +155,7 @@ def words(names: list[str]) -> list[str]:
         return list(ResNet50_Weights.DEFAULT.meta["categories"])
     if find_spec("timm") is None:
         return names
-    from timm.data import ImageNetInfo
+    from timm.data import ImageNetInfo  # pyright: ignore[reportMissingImports]
 
     known = ImageNetInfo().label_descriptions(as_dict=True)
     return [known.get(name, name) for name in names]
@@ -183,22 +184,22 @@ def clips(sources: Sequence[Path], video: bool) -> list[Clip]:
     Raises:
         UserError: A source is none of them, or a folder has no picture.
     """
-    found = []
-    for source in sources:
-        if os.path.isdir(source):  # unlike Path.is_dir, of any name
-            paths = pictures(source)
-            groups = [(source, paths)] if video else [(path, [path]) for path in paths]
-        elif not os.path.exists(source):
-            raise UserError(f"{source}: no such file or folder")
-        elif source.suffix.lower() in VIDEOS:
-            found.append(_video(source))
-            continue
-        else:
-            groups = [(source, [source])]
-        for name, paths in groups:
-            fps = FPS if name.is_dir() else None
-            found.append(Clip(str(name), partial(_read, paths), len(paths), fps))
-    return found
+    return [clip for source in sources for clip in _clips(source, video)]
+
+
+def _clips(source: Path, video: bool) -> list[Clip]:
+    if os.path.isdir(source):  # unlike Path.is_dir, for names of any length
+        paths = pictures(source)
+        if video:
+            return [Clip(str(source), partial(_read, paths), len(paths), FPS)]
+        return [_picture(path) for path in paths]
+    if not os.path.exists(source):
+        raise UserError(f"{source}: no such file or folder")
+    return [_video(source) if source.suffix.lower() in VIDEOS else _picture(source)]
+
+
+def _picture(path: Path) -> Clip:
+    return Clip(str(path), partial(_read, [path]))
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -307,7 +308,7 @@ def run(
             if answer.solution:
                 frame["evaluations"] = answer.solution.nfe
                 frame["residual"] = float(answer.solution.relative)
-            if scenes:
+            if scenes and answer.labels is not None:
                 frame["files"] = scenes.write(clip, name, picture, answer.labels)
             frames.append(frame)
         if form == "lines":
@@ -370,11 +371,11 @@ class Scenes:
         overlay = cityscapes.overlay(picture, labels)
         written = [f"{stem}.labels.png"]
         _save(written[0], cityscapes.colours()[labels])
-        if clip.fps is None:
+        if clip.fps:
+            self._add(clip, f"{stem}.mp4", clip.fps, overlay)
+        else:
             written.append(f"{stem}.png")
             _save(written[1], overlay)
-        else:
-            self._add(clip, f"{stem}.mp4", overlay)
         self._compare(name, labels)
         return written
 
@@ -386,12 +387,12 @@ class Scenes:
             text += f"; mIoU {self._matrix.compute()['eval/miou']:.2f} % of those with labels"
         return text
 
-    def _add(self, clip: Clip, path: str, overlay: np.ndarray) -> None:
+    def _add(self, clip: Clip, path: str, fps: float, overlay: np.ndarray) -> None:
         height, width = (side - side % 2 for side in overlay.shape[:2])  # what the codec takes
         if self._clip is not clip:
             code = cv2.VideoWriter.fourcc(*"mp4v")
             self._film.release()
-            if not self._film.open(path, code, clip.fps, (width, height)):
+            if not self._film.open(path, code, fps, (width, height)):
                 raise UserError(f"{path}: this OpenCV cannot write mp4; omit --video")
             self._clip = clip
         self._film.write(np.ascontiguousarray(overlay[:height, :width, ::-1]))

@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.params import load as params_of
 from pipeline.params import plain
+from pipeline.progress import say
 from pipeline.sets import BY_STAGE, SETS, DataSet
 from pipeline.tracking import Run
 from pipeline.train.checkpoints import MODEL, load_model, save_model
@@ -125,10 +126,15 @@ class Trained:
         """The metric of the paper, with nothing counted."""
         return (ConfusionMatrix if self.segments else TopK)(self.split.classes)
 
+    @property
+    def frames(self) -> tuple[tuple[str, int, int], ...]:
+        """Of street scenes: the path, width and height of each photo."""
+        return getattr(self.split, "frames", ())
+
     def picture(self, image: Tensor) -> np.ndarray:
         """The photo (H, W, 3) in 0..1 that the normalised `image` (3, H, W) was made from."""
         mean, std = np.array(self.dataset.mean), np.array(self.dataset.std)
-        return np.clip(image.permute(1, 2, 0).numpy() * std + mean, 0, 1)
+        return np.clip(image.permute(1, 2, 0).cpu().numpy() * std + mean, 0, 1)
 
     def record(self, run: Run) -> None:
         """Tells a run what it builds on."""
@@ -145,7 +151,7 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
         dataset: Its name.
         model: As the user names it.
         machine: Where it runs.
-        limit: Keep only the first samples of the split.
+        limit: On the samples, spread evenly over the split; None for all.
 
     Raises:
         UserError: Model or data are missing or damaged, or have other classes.
@@ -174,7 +180,7 @@ def load(dataset: str, model: str, machine: Machine, limit: int | None = None) -
 
 
 def _name(model: str, path: Path) -> str:
-    """What results are called: of a file named by its path, with its digest, like no other."""
+    """What results are called; a file named by its path gets its digest, so that none collide."""
     if path == ZOO / f"{model}.safetensors" or path.parts[-2:] == (model, MODEL):
         return model
     return f"{path.stem}-{files.file_digest(path)[:8]}"
@@ -234,9 +240,13 @@ def _opened(file: Path) -> dict[str, Any]:
 
 def _converted(content: dict[str, Any]) -> tuple[nn.Module, Architecture, dict[str, Any]]:
     """The model in a file of version 0.1."""
-    _check_tensors(content.get("state"))
+    if not isinstance(content.get("state"), dict):
+        raise ValueError("state: must be a dictionary")
+    for name, value in content["state"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"state: {str(name)[:80]!r} is not a tensor")
     old = saved.from_old(content)
-    facts = old.facts
+    facts: Any = old.facts
     if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
         raise ValueError("meta: must name the model")
     if facts.get("stage") not in list(BY_STAGE):
@@ -255,23 +265,17 @@ def _published(
         wanted = ", ".join(f"{known}-mdeq-small" for known in SETS)
         raise UserError(f"--model {model or ''}: must name the preset of this file: {wanted}, ...")
     stage, classes = SETS[dataset].stage, SETS[dataset].classes
-    state = content.get("state_dict", content)
-    _check_tensors(state)
     params = params_of(stage, name, presets)
+    state, ignored = published.convert(content)
     architecture = Architecture(params.model, params.head, classes, params.forward, params.backward)
     network = architecture.build()
-    network.load_state_dict(published.rename(published.state_dict(state)))
+    network.load_state_dict(state)
+    if ignored:
+        more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
+        say(f"{file}: not part of the model: {', '.join(ignored[:5])}{more}")
     names = _class_names(dataset)
     facts = {"stage": stage, "model": name, "dataset": dataset, "names": names}
     return network, architecture, facts | {"params": plain(params), "published": file.name}
-
-
-def _check_tensors(state: object) -> None:
-    if not isinstance(state, dict) or not state:
-        raise ValueError("it has no weights")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{str(name)[:80]!r} is not a tensor")
 
 
 def _class_names(dataset: str) -> list[str]:

@@ -72,8 +72,8 @@ def measure(params: BenchmarkParams, machine: Machine) -> tuple[dict[str, float]
     for name, model in track(params.models.items(), "benchmark: memory"):
         memory[name] = memory_in_fresh_process(model, params, machine)
     times, counts = measure_time(params, machine)
-    median = times.groupby("model")["seconds"].median()
-    relative = figures.relative_times(times, params.reference).median()
+    median: Any = times.groupby("model")["seconds"].median()
+    relative: Any = figures.relative_times(times, params.reference).median()
     values: dict[str, float] = {}
     for name in params.models:
         own = {
@@ -101,7 +101,7 @@ def measure_time(
             rows.append((name, number, time.perf_counter() - began))
     table = pd.DataFrame(rows, columns=["model", "round", "seconds"])
     counts = {name: trainee.counts for name, trainee in trainees.items()}
-    return table[table["round"] > 0], counts
+    return table.query("round > 0"), counts
 
 
 class Trainee:

@@ -202,7 +202,8 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
 
 def contraction(table: pd.DataFrame, column: str) -> float:
     """The mean factor per evaluation on a residual's mean curve, from its start to its minimum."""
-    curve: Any = table.groupby("evaluation")[column].mean().dropna()
+    curve: Any = table.groupby("evaluation")[column].mean()
+    curve = curve.dropna()
     best = int(curve.to_numpy().argmin()) if len(curve) else 0
     return float((curve.iloc[best] / curve.iloc[0]) ** (1 / best)) if best else math.nan
 
@@ -240,7 +241,7 @@ def overview(trained: Trained, params: ConvergenceParams, device: str) -> Figure
             logits = resize(logits, targets.shape[1:])
         pictures = [part[0].permute(1, 2, 0).cpu().numpy() for part in parts]
         looks[evaluation] = pictures, logits.softmax(1)[0].cpu().numpy()
-    photo, truth = trained.picture(images[0]), targets[0].numpy()
+    photo, truth = trained.picture(images[0]), targets[0].cpu().numpy()
     colours = cityscapes.colours()[: len(cityscapes.class_names())]
     return figures.overview(photo, truth, looks, residuals, trained.names, colours)
 

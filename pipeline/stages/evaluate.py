@@ -95,7 +95,7 @@ def evaluate(
     shutil.rmtree(predictions, ignore_errors=True)
     predictions.mkdir(parents=True)
     views = list(itertools.product(params.scales, (False, True) if params.flip else (False,)))
-    write = partial(_write, predictions, iter(trained.split.frames))
+    write = partial(_write, predictions, iter(trained.frames))
     average = partial(averaged, views=views)
     return _evaluated(trained, params, machine, matrix, predict=average, on_batch=write), matrix
 
@@ -196,7 +196,7 @@ def examples(trained: Trained, count: int, device: str) -> Figure:
         if trained.segments:
             logits = resize(logits, targets.shape[1:])
         photos.append(trained.picture(images[0]))
-        truths.append(targets[0].numpy())
+        truths.append(targets[0].cpu().numpy())
         answers.append(logits[0].softmax(0).cpu().numpy())
     if trained.segments:
         labels = [answer.argmax(0) for answer in answers]
