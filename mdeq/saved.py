@@ -298,7 +298,8 @@ def _decoded(hint: Any, value: Any, name: str) -> Any:
         return value
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(_decoded(options[0], item, name) for item in value)
-    if type(value) is hint or (hint is float and type(value) is int and abs(value) < 2**53):
+    absurd = type(value) is int and abs(value) >= 2**31
+    if not absurd and (type(value) is hint or (hint is float and type(value) is int)):
         return value
     raise ValueError(f"{name}: {str(value)[:40]!r} is not valid here")
 
