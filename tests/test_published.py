@@ -1,4 +1,4 @@
-"""Ours, built from a published configuration and loaded with published names, gives the published code's numbers.
+"""Ours, loaded with published weights, gives the published code's numbers.
 
 `reference/*.npz` hold weights, inputs and float64 results of the authors' code: figures, not code.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdeq import Broyden, ClassificationHeadConfig, MDEQConfig, Network, SegmentationHeadConfig
-from mdeq.published import rename, state_dict
+from mdeq.published import convert
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -36,12 +36,15 @@ def reference(request):
         upsampling=settings["upsample"],
     )
     if settings["head"] == "classification":
-        head = ClassificationHeadConfig(tuple(settings["head_channels"]), settings["final_channels"])
+        head = ClassificationHeadConfig(
+            tuple(settings["head_channels"]), settings["final_channels"]
+        )
     else:
         head = SegmentationHeadConfig()
-    network = Network(config, head, settings["classes"], Broyden(steps=settings["broyden_steps"], tolerance=0))
-    state = {k.removeprefix("state/"): torch.from_numpy(data[k]) for k in data.files if k.startswith("state/")}
-    network.load_state_dict(rename(state))
+    network = Network(
+        config, head, settings["classes"], Broyden(steps=settings["broyden_steps"], tolerance=0)
+    )
+    network.load_state_dict(convert(state_of(data))[0])
     return data, network.double().eval()
 
 
@@ -68,26 +71,49 @@ def test_numbers_of_the_published_code(reference):
         assert relative_error(network.head(last), data["logits"]) < 1e-6
 
 
-def test_unknown_names_are_listed():
-    with pytest.raises(KeyError, match=r"mystery\.weight, other\.bias"):
-        rename({"stage0.0.weight": torch.zeros(1), "mystery.weight": torch.zeros(1), "other.bias": torch.zeros(1)})
+def state_of(data) -> dict[str, torch.Tensor]:
+    prefix = "state/"
+    names = [name for name in data.files if name.startswith(prefix)]
+    return {name.removeprefix(prefix): torch.from_numpy(data[name]) for name in names}
 
 
-def test_the_older_release_wrappers_and_repetitions(reference):
+def older(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The older release's repetitions of f_theta, and the copies that lag a step behind."""
+    repeated = dict(state)
+    for name, value in state.items():
+        if name.startswith("fullstage."):
+            inner = name.removeprefix("fullstage.")
+            repeated[f"deq.func.{inner}"] = value
+            repeated[f"fullstage_copy.{inner}"] = repeated[f"deq.func_copy.{inner}"] = value + 1
+    return repeated
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "model.module."])
+@pytest.mark.parametrize("release", [dict, older])
+def test_wrappers_and_repetitions_of_both_releases(reference, release, prefix):
+    """What the authors' two trainers write: bare, in DataParallel, in FullModel with its loss."""
     data, network = reference
-    state = {k.removeprefix("state/"): torch.from_numpy(data[k]) for k in data.files if k.startswith("state/")}
-    inner = {k.removeprefix("fullstage."): v for k, v in state.items() if k.startswith("fullstage.")}
-    older = dict(state)
-    older |= {f"deq.func.{k}": v for k, v in inner.items()}
-    older |= {f"{copy}.{k}": v + 1 for k, v in inner.items() for copy in ("fullstage_copy", "deq.func_copy")}
-    wrapped = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in older.items()}, "optimizer": {}}
-    expected = rename(state)
-    found = rename(state_dict(wrapped))
-    assert found.keys() == expected.keys() == network.state_dict().keys()
-    assert all(torch.equal(found[k], expected[k]) for k in expected)
-    spoilt = next(k for k in older if k.startswith("deq.func."))
-    with pytest.raises(ValueError, match=spoilt):
-        rename(older | {spoilt: older[spoilt] + 1})
+    state, expected = release(state_of(data)), convert(state_of(data))[0]
+    content = {f"{prefix}{name}": value for name, value in state.items()}
+    content["loss.criterion.weight"] = torch.ones(19)
+    wrapped = {"epoch": 3, "best_mIoU": 0.8, "state_dict": content, "optimizer": {"state": {}}}
+    copies = [name for name in content if "_copy." in name]
+    for checkpoint, beside in [(content, []), (wrapped, ["epoch", "best_mIoU", "optimizer"])]:
+        found, ignored = convert(checkpoint)
+        assert found.keys() == expected.keys() == network.state_dict().keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert set(ignored) == {*beside, *copies, "loss.criterion.weight"}
+
+
+def test_what_does_not_fit_is_an_error(reference):
+    state = older(state_of(reference[0]))
+    with pytest.raises(ValueError, match=r"mystery\.weight, model\.other\.bias"):
+        convert(state | {"mystery.weight": torch.zeros(1), "model.other.bias": torch.zeros(1)})
+    spoilt = next(name for name in state if name.startswith("deq.func."))
+    with pytest.raises(ValueError, match=f"{spoilt}: differs"):
+        convert(state | {spoilt: state[spoilt] + 1})
+    with pytest.raises(ValueError, match=r"stage0\.0\.weight: must be a tensor, not int"):
+        convert({"stage0.0.weight": 3})
 
 
 def test_parameter_counts_of_the_published_code():
