@@ -7,8 +7,7 @@ class UserError(Exception):
     """Wrong params, data, files, environment or usage.
 
     The message is one line per error: it names the file, key or variable, what is wrong, and the
-    way out. The command line prints it without a traceback and exits with 2. Control characters,
-    which a message may quote from a file, are escaped.
+    way out. The command line prints it without a traceback and exits with 2.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,12 +15,7 @@ class UserError(Exception):
 
 
 class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM, after the work so far was saved.
-
-    Args:
-        message: How much is kept and how to resume, for the user.
-        code: The exit code: 130 after Ctrl-C, 143 after SIGTERM.
-    """
+    """Ctrl-C (code 130) or SIGTERM (143), after the work so far was saved, as `message` says."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(code)

@@ -1,7 +1,7 @@
 """params.yaml, typed: a section per stage, an entry per instance.
 
-The dataclasses of the library and of the recipe are the types of the values, and check them. A
-stage gets its own section and sees nothing of the others; what belongs to the machine is not here.
+The dataclasses of the library and of the recipe are the types of the values, and check them. What
+belongs to the machine is not here.
 """
 
 from __future__ import annotations
@@ -9,49 +9,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from mdeq import (
-    Anderson,
-    Broyden,
-    ClassificationHeadConfig,
-    FixedPoint,
-    Implicit,
-    MDEQConfig,
-    Phantom,
-    Reversible,
-    SegmentationHeadConfig,
-)
+import mdeq
+from mdeq import ClassificationHeadConfig, MDEQConfig, SegmentationHeadConfig
 from mdeq.baselines import ExplicitConfig, NeuralODEConfig, ResNetConfig
 from pipeline import settings
 from pipeline.errors import UserError
 from pipeline.recipe import Adam, Muon, Recipe, Sgd
-from pipeline.sets import BY_STAGE
-from pipeline.settings import (
-    FILE,
-    Count,
-    GeneratedCifar10,
-    GeneratedCityscapes,
-    GeneratedImageNet,
-    Name,
-    PrepareCifar10,
-    PrepareCityscapes,
-    PrepareImageNet,
-    PrepareParams,
-    Problem,
-    Seed,
-)
-
-__all__ = ["PrepareParams", "GeneratedCifar10", "GeneratedCityscapes", "GeneratedImageNet"]
+from pipeline.sets import SETS, SetName
+from pipeline.settings import FILE, Count, Name, Prepare, Seed, Side
 
 Model = MDEQConfig | ResNetConfig | NeuralODEConfig | ExplicitConfig
-Forward = Broyden | Anderson | FixedPoint
-Backward = Implicit | Phantom | Reversible
+Forward = mdeq.Broyden | mdeq.Anderson | mdeq.FixedPoint
+Backward = mdeq.Implicit | mdeq.Phantom | mdeq.Reversible
 Size = tuple[Count, Count]  # height, width
+SHAPE = ("channels", "expansion", "downsamplings", "weight_norm", "post_fusion_affine", "groups")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +46,13 @@ class TrainParams(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_parts(self)
-        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+        if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: must differ from each other, not {list(self.seeds)}")
         if self.warm_start and self.augment:
             raise ValueError("warm_start: needs `augment: false`: the same image in every epoch")
-        explicit = self.model if isinstance(self.model, ExplicitConfig) else None
-        if self.epochs == 0 and not (explicit and explicit.weights and not explicit.segments):
-            raise ValueError(
-                "epochs: must be at least 1; 0 is for a classifier with `weights: default`"
-            )
-        if explicit and explicit.segments != isinstance(self, FinetuneParams):
-            labels = "pixels" if explicit.segments else "images"
-            raise ValueError(f"model.name: {explicit.name} labels {labels}")
+        model, segments = self.model, isinstance(self, FinetuneParams)
+        if isinstance(model, ExplicitConfig) and model.segments != segments:
+            raise ValueError(f"model.name: {model.name} is for another stage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +67,7 @@ class PretrainParams(TrainParams):
     """Training on ImageNet (Table 2)."""
 
     head: ClassificationHeadConfig | None = None
-    image: Annotated[int, Field(ge=8)]  # height and width of the crops
+    image: Side  # height and width of the crops
 
 
 @dataclass(frozen=True)
@@ -116,39 +88,6 @@ class FinetuneParams(TrainParams):
     loss: Loss
     crop: Size  # of training images
     test_size: Size | None = None  # that images are resized to for evaluation; None for their own
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.backbone is not None and isinstance(self.model, ExplicitConfig):
-            raise ValueError(
-                "backbone: must be null; an explicit model's comes with `model.weights: default`"
-            )
-
-
-def check_parts(entry: TrainParams | BenchmarkModel) -> None:
-    """Checks that an equilibrium model has all its parts, and another model none of them.
-
-    Raises:
-        ValueError: A part is missing, out of place, or does not fit.
-    """
-    model, head = entry.model, entry.head
-    equilibrium = ["forward", "backward", "warm_up", "jacobian", "warm_start"]
-    if not isinstance(model, MDEQConfig):
-        kind, needed, unused = getattr(model, "kind", ""), [], ["head", *equilibrium]
-    elif model.unrolled is not None:
-        kind, needed, unused = "model with `unrolled`", ["head"], equilibrium
-    else:
-        kind, needed, unused = "mdeq", ["head", "forward", "backward"], []
-    for name in needed:
-        if getattr(entry, name) is None:
-            raise ValueError(f"{name}: is missing; an mdeq needs it")
-    for name in unused if model else ():
-        if getattr(entry, name, None) is not None:
-            raise ValueError(f"{name}: must be left out; a {kind} has no equilibrium to find")
-    if isinstance(model, MDEQConfig) and isinstance(head, ClassificationHeadConfig):
-        scales = len(model.channels)
-        if len(head.channels) != scales:
-            raise ValueError(f"head.channels: must have {scales} numbers, one per scale of model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +141,7 @@ class BenchmarkParams:
     models: dict[Name, BenchmarkModel]
     reference: Name  # the model that counts as 1
     batch: Count  # 32 in the paper
-    image: Annotated[int, Field(ge=8)]  # height and width; 32 in the paper
+    image: Side  # height and width; 32 in the paper
     rounds: Count  # measured steps per model, interleaved; their median counts
     warm_up: Annotated[int, Field(ge=0)]  # steps per model before those
     seed: Seed = 0  # of weights and images
@@ -213,74 +152,63 @@ class BenchmarkParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prepare:
-    cifar10: PrepareCifar10
-    imagenet: PrepareImageNet
-    cityscapes: PrepareCityscapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Evaluate:
-    cifar10: EvaluateParams
-    imagenet: EvaluateParams
-    cityscapes: EvaluateParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Convergence:
-    cifar10: ConvergenceParams
-    imagenet: ConvergenceParams
-    cityscapes: ConvergenceParams
-
-
-@dataclass(frozen=True, kw_only=True)
 class Params:
     """The file; its `scale` (demo, paper, ...) names the MLflow experiment, nothing more."""
 
     scale: Name
-    prepare: _Prepare
+    prepare: Prepare
     classify: dict[Name, ClassifyParams]
     pretrain: dict[Name, PretrainParams]
     finetune: dict[Name, FinetuneParams]
-    evaluate: _Evaluate
-    convergence: _Convergence
+    evaluate: dict[SetName, EvaluateParams]
+    convergence: dict[SetName, ConvergenceParams]
     benchmark: BenchmarkParams
+
+    def __post_init__(self) -> None:
+        for name, entry in self.finetune.items():
+            if entry.backbone is None:
+                continue
+            source = self.pretrain.get(entry.backbone)
+            if source is None or source.head is None:
+                what = f"there is no mdeq {entry.backbone!r} in pretrain"
+                raise ValueError(f"finetune.{name}.backbone: {what}")
+            for key in SHAPE:
+                theirs = getattr(source.model, key)
+                if getattr(entry.model, key, None) != theirs:
+                    what = f"must be that of pretrain.{entry.backbone}: {json.dumps(theirs)}"
+                    raise ValueError(f"finetune.{name}.model.{key}: {what}")
+        for name, entry in self.convergence.items():
+            stage = SETS[name].stage
+            trained = getattr(self, stage).get(entry.model)
+            if trained is None or trained.forward is None:
+                what = f"there is no mdeq {entry.model!r} in {stage}"
+                raise ValueError(f"convergence.{name}.model: {what}")
 
 
 def load(
     stage: str, instance: str | None = None, path: str | Path = FILE, changes: Sequence[str] = ()
 ) -> Any:
-    """The section of a stage instance: `load("classify", "mdeq-small")`, `load("benchmark")`.
+    """The section of a stage instance, in a valid file: `load("classify", "mdeq-small")`.
 
-    Args:
-        stage: The section.
-        instance: Of the stage, if it has several.
-        path: Of the params file.
-        changes: Values that replace the file's, such as `optimizer.lr=3e-4`.
+    Changes such as `optimizer.lr=3e-4` replace values of the section.
 
     Raises:
-        UserError: The section is missing or wrong.
+        UserError: The section is missing, or the file or a change is wrong; one line per error.
     """
-    kind, keys = settings.hints(Params)[stage], (stage,)
-    if instance is not None:
-        keys = (stage, instance)
-        kind = settings.hints(kind)[instance] if is_dataclass(kind) else get_args(kind)[1]
-    return settings.load(kind, Path(path), keys, changes)
+    data = settings.read(Path(path))
+    section = settings.section(data, (stage, instance) if instance else (stage,), Path(path))
+    for setting in changes:
+        settings.change(section, setting)
+    source = f"{path} with --set {' '.join(changes)}" if changes else str(path)
+    found = getattr(settings.build(Params, data, source), stage)
+    if instance is None:
+        return found
+    return found[instance] if isinstance(found, dict) else getattr(found, instance)
 
 
 def check(path: str | Path = FILE) -> None:
-    """Checks a whole file, and what its sections say of each other.
-
-    Raises:
-        UserError: One line per error of the file.
-    """
-    params = settings.load(Params, Path(path))
-    settings.report(_wrong_backbones(params) + _wrong_convergence(params), Path(path))
-
-
-def scale(path: str | Path = FILE) -> str:
-    """The scale that a file names."""
-    return str(settings.section(settings.read(Path(path)), ("scale",), Path(path)))
+    """Checks a whole file; a UserError has one line per error."""
+    settings.build(Params, settings.read(Path(path)), str(path))
 
 
 def instances(stage: str, path: str | Path = FILE) -> list[str]:
@@ -293,55 +221,25 @@ def plain(section: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(section)))
 
 
-def _wrong_backbones(params: Params) -> list[Problem]:
-    mdeqs = {name: entry.model for name, entry in params.pretrain.items() if entry.head}
-    wrong: list[Problem] = []
-    for name, entry in params.finetune.items():
-        keys, backbone = ("finetune", name), entry.backbone
-        if backbone is not None and backbone not in mdeqs:
-            there = ", ".join(mdeqs) or "none"
-            wrong.append(((*keys, "backbone"), f"no mdeq {backbone!r} in pretrain: {there}"))
-        shape = (
-            "channels",
-            "expansion",
-            "downsamplings",
-            "weight_norm",
-            "post_fusion_affine",
-            "groups",
-        )
-        source = mdeqs.get(backbone or "")
-        for key in shape if source else ():
-            theirs = getattr(source, key)
-            if getattr(entry.model, key) != theirs:
-                what = f"must be that of its backbone, pretrain.{backbone}: {json.dumps(theirs)}"
-                wrong.append(((*keys, "model", key), what))
-    return wrong
+def check_parts(entry: TrainParams | BenchmarkModel) -> None:
+    """Checks that an equilibrium model has all its parts, and another model none of them."""
+    model, head = entry.model, entry.head
+    multiscale = isinstance(model, MDEQConfig)
+    solves = multiscale and model.unrolled is None
+    needed = {"head": multiscale, "forward": solves, "backward": solves}
+    for key in (*needed, "warm_up", "jacobian", "warm_start"):
+        given = getattr(entry, key, None) is not None
+        if needed.get(key) and not given:
+            raise ValueError(f"{key}: is missing; an mdeq needs it")
+        if given and not needed.get(key, solves):
+            raise ValueError(f"{key}: must be left out; this model has no equilibrium to find")
+    scales = len(model.channels) if multiscale else 0
+    if isinstance(head, ClassificationHeadConfig) and len(head.channels) != scales:
+        raise ValueError(f"head.channels: must have {scales} numbers, one per scale of the model")
 
 
-def _wrong_convergence(params: Params) -> list[Problem]:
-    wrong: list[Problem] = []
-    for stage, dataset in BY_STAGE.items():
-        model = getattr(params.convergence, dataset.name).model
-        there = [name for name, entry in getattr(params, stage).items() if entry.forward]
-        if model not in there:
-            what = f"no mdeq {model!r} in {stage}; there are: {', '.join(there) or 'none'}"
-            wrong.append((("convergence", dataset.name, "model"), what))
-    return wrong
-
-
-def check_counts(section: str, params: TrainParams, images: int, processes: int = 1) -> None:
-    """Finds, before a training starts, what cannot be done with its number of images.
-
-    Args:
-        section: As `classify.mdeq-small`, for the message.
-        params: Of the training.
-        images: Training images that there are.
-        processes: That share each batch.
-
-    Raises:
-        UserError: The warm-up is not shorter than the training, or a batch norm would meet a
-            single value per channel.
-    """
+def check_warm_up(section: str, params: TrainParams, images: int) -> None:
+    """Checks that a section's warm-up is shorter than its training; a UserError says it is not."""
     images = min(images, params.limit or images)
     updates = math.ceil(images / params.batch) * params.epochs
     if params.warm_up and params.warm_up.steps >= updates:
@@ -350,31 +248,3 @@ def check_counts(section: str, params: TrainParams, images: int, processes: int 
             f"training ({images} images, batch {params.batch}, {params.epochs} epochs), "
             f"not {params.warm_up.steps}"
         )
-    parts = processes * params.accumulate
-    last = images % params.batch or params.batch
-    for size in (min(params.batch, images), last):
-        if size < 2 * parts and params.epochs and _normalises_one_pixel(params):
-            shared = f", which {parts} parts share" if parts > 1 else ""
-            raise UserError(
-                f"{FILE}: {section}.batch: with {params.batch}, {images} images make a batch of "
-                f"{size}{shared}, and this model's batch norm cannot train on one image alone; "
-                f"set another batch, or `limit: {images - last}`"
-            )
-
-
-def _normalises_one_pixel(params: TrainParams) -> bool:
-    """Whether some batch norm of the model sees maps of 1 x 1: one value per image and channel."""
-    size = min(getattr(params, "crop", (getattr(params, "image", 32),)))
-    model = params.model
-    match model:
-        case MDEQConfig():
-            fine = isinstance(params.head, SegmentationHeadConfig)
-            coarsest = 0 if fine else len(model.channels) - 1
-            return size <= 2 ** (model.downsamplings + coarsest)
-        case ResNetConfig():
-            return size <= 8
-        case ExplicitConfig() if model.name != "alexnet":
-            pools = model.name.lower().startswith("deeplab")
-            return pools or size <= (8 if model.small_input or model.segments else 32)
-        case _:
-            return False  # it has no batch norm

@@ -8,7 +8,6 @@ from typing import Literal
 from mdeq.checks import above, at_least, between, one_of, whole
 
 Precision = Literal["float32", "bfloat16", "float16"]
-LAST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,12 @@ class Sgd:
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al., 2024) for the convolutions of f, as matrices; SGD for the rest.
-
-    Args:
-        lr: Of Muon.
-        momentum: Of Muon.
-        weight_decay: Of Muon, decoupled.
-        rest: The optimizer of all other parameters.
-    """
+    """Muon (Jordan et al., 2024) for the convolutions of f, as matrices; SGD for the rest."""
 
     lr: float = 0.02
     momentum: float = 0.95
-    weight_decay: float = 0.0
-    rest: Sgd = field(default_factory=Sgd)
+    weight_decay: float = 0.0  # decoupled
+    rest: Sgd = field(default_factory=Sgd)  # the optimizer of all other parameters
     kind: Literal["muon"] = "muon"
 
     def __post_init__(self) -> None:
@@ -65,15 +57,11 @@ class Muon:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """For the first `steps` updates f is applied `layers` times and back-propagated (Sec. 3.3).
-
-    `softplus` replaces the last ReLUs of f by a softplus of that curvature meanwhile; None keeps
-    the ReLUs.
-    """
+    """For the first `steps` updates f is applied `layers` times and back-propagated (Sec. 3.3)."""
 
     layers: int
     steps: int
-    softplus: float | None = None
+    softplus: float | None = None  # curvature of what replaces the last ReLUs of f meanwhile
 
     def __post_init__(self) -> None:
         whole(1, layers=self.layers)
@@ -85,18 +73,16 @@ class WarmUp:
 class JacobianTerm:
     """Adds weight x |J|_F^2 / numel(z) to the loss of an update, with the given probability.
 
-    The weight is `warm_up_weight` during the warm-up, then `weight`, and `increase` more every
-    `increase_every` updates; 0 after `stop_epoch` epochs (Bai, Koltun and Kolter, ICML 2021, as in
-    their code).
+    Bai, Koltun and Kolter (ICML 2021), as in their code.
     """
 
     weight: float
     probability: float = 1.0
-    probes: int = 1
-    warm_up_weight: float = 0.0
-    increase: float = 0.0
-    increase_every: int = 1
-    stop_epoch: int | None = None
+    probes: int = 1  # random vectors that estimate the norm
+    warm_up_weight: float = 0.0  # during the warm-up
+    increase: float = 0.0  # added to the weight ...
+    increase_every: int = 1  # ... per this many updates after the warm-up
+    stop_epoch: int | None = None  # the weight is 0 after this many epochs
 
     def __post_init__(self) -> None:
         at_least(0, weight=self.weight, warm_up_weight=self.warm_up_weight, increase=self.increase)
@@ -116,12 +102,12 @@ class JacobianTerm:
 class WarmStart:
     """Each training sample's solve starts at its own equilibrium of the epoch before.
 
-    For training without augmentation. The epochs after the first are divided evenly among `steps`,
-    the solver's limit in each part; 0 applies f once, on the tape alone. The first epoch, and one
-    whose stored equilibria are lost, starts at z = 0 with the solver's own limit.
+    For training without augmentation. The first epoch, and one whose stored equilibria are lost,
+    starts at z = 0 with the solver's own limit.
     """
 
-    steps: tuple[int, ...] = (1, 0)
+    steps: tuple[int, ...] = (1, 0)  # the solver's limits, one per equal part of the other epochs;
+    # 0 applies f once, on the tape alone
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -137,39 +123,21 @@ class WarmStart:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained; the same for every data set and model.
+    """How a model is trained; the same for every data set and model."""
 
-    Args:
-        optimizer: With its peak learning rate.
-        epochs: 0 only validates.
-        batch: Samples per update, over all processes.
-        accumulate: Micro-batches that make an update, one after the other.
-        warm_up: Unrolled updates at the start; None for none.
-        jacobian: The Jacobian term; None for none.
-        warm_start: Start each sample at its last equilibrium; None to start at z = 0.
-        lr_warm_up: Part of the updates in which the learning rate rises linearly, before it falls
-            as a half cosine.
-        label_smoothing: Of the cross entropy.
-        average: Decay per update of an exponential moving average of the weights, which is then
-            what is validated and saved; 0 for none.
-        precision: Of convolutions and matrix products; weights and states are float32.
-        checkpoint_minutes: Between two saves of the resumable state.
-        log_every: Updates between two recorded rows.
-    """
-
-    optimizer: Adam | Sgd | Muon
-    epochs: int
-    batch: int
-    accumulate: int = 1
-    warm_up: WarmUp | None = None
+    optimizer: Adam | Sgd | Muon  # with its peak learning rate
+    epochs: int  # 0 only validates
+    batch: int  # samples per update, over all processes
+    accumulate: int = 1  # micro-batches that make an update, one after the other
+    warm_up: WarmUp | None = None  # unrolled updates at the start
     jacobian: JacobianTerm | None = None
-    warm_start: WarmStart | None = None
-    lr_warm_up: float = 0.0
+    warm_start: WarmStart | None = None  # None starts each solve at z = 0
+    lr_warm_up: float = 0.0  # part of the updates with a rising learning rate; then half a cosine
     label_smoothing: float = 0.0
-    average: float = 0.0
-    precision: Precision = "float32"
-    checkpoint_minutes: float = 5.0
-    log_every: int = 10
+    average: float = 0.0  # decay of an exponential moving average of the weights, then the model
+    precision: Precision = "float32"  # of convolutions and matrix products
+    checkpoint_minutes: float = 5.0  # between two saves of the resumable state
+    log_every: int = 10  # updates between two recorded rows
 
     def __post_init__(self) -> None:
         whole(0, epochs=self.epochs)
@@ -182,14 +150,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Debug:
-    """A run for debugging, which leaves no results.
+    """A run for debugging, which leaves no results."""
 
-    Args:
-        limit_batches: Of training and validation in each epoch; None for all.
-        overfit: Train and validate on this many batches, always augmented alike; None for all.
-        profile: Write a Chrome trace of a few updates.
-    """
-
-    limit_batches: int | None = None
-    overfit: int | None = None
-    profile: bool = False
+    limit_batches: int | None = None  # of training and validation in each epoch
+    overfit: int | None = None  # train and validate on this many batches, always augmented alike
+    profile: bool = False  # write a Chrome trace of a few updates
