@@ -24,6 +24,7 @@ import torch
 from toys import ARCHITECTURE, Stripes, same, untimed
 
 from mdeq import saved
+from mdeq.baselines import ResNetConfig
 from pipeline.data.loading import Keys
 from pipeline.errors import UserError
 from pipeline.machine import Machine
@@ -185,7 +186,7 @@ def check_kills(tmp_path: Path, params: ClassifyParams, numbers: Callable[[int],
 
 
 def test_killed_at_a_change_of_a_file_the_same_command_gives_the_same(tmp_path: Path) -> None:
-    check_kills(tmp_path, PARAMS, lambda changes: range(10, changes, 19))
+    check_kills(tmp_path, PARAMS, lambda changes: range(10, changes, 30))
 
 
 @pytest.mark.slow
@@ -196,7 +197,7 @@ def test_killed_at_any_change_of_a_file_the_same_command_gives_the_same(tmp_path
 def test_killed_at_the_end_of_two_seeds_they_are_one_run(tmp_path: Path) -> None:
     """Where the states of both are being deleted."""
     params = replace(PARAMS, seeds=(0, 1), epochs=1, batch=32, checkpoint_minutes=5.0)
-    check_kills(tmp_path, params, lambda changes: range(changes - 12, changes + 1, 2))
+    check_kills(tmp_path, params, lambda changes: range(changes - 9, changes + 1, 3))
 
 
 def test_results_are_complete_and_typed(tmp_path: Path) -> None:
@@ -253,6 +254,31 @@ def test_what_the_counts_forbid_is_said_before_the_training(tmp_path: Path) -> N
     long = replace(PARAMS, warm_start=None, warm_up=WarmUp(layers=2, steps=4))
     with pytest.raises(UserError, match="classify.toy.warm_up.steps: must be fewer than the 4"):
         train(long)
+
+
+@pytest.mark.parametrize("images", [8, 16])
+def test_a_batch_of_one_image_is_refused_only_where_batch_norm_cannot_train_on_it(
+    monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    """A ResNet-18 halves its maps three times: 8 x 8 pixels end as one, 16 x 16 as four."""
+
+    class Sized(Stripes):
+        def __getitem__(self, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+            found, targets = super().__getitem__(keys)
+            return found.repeat(1, 1, images // 8, images // 8), targets
+
+    data = Sized(33), Sized(8)
+    monkeypatch.setattr(experiment.readers, "training_data", lambda *arguments: data)
+    explicit = ClassifyParams(
+        model=ResNetConfig(width=4), optimizer=Sgd(), epochs=1, batch=16, augment=False
+    )
+    if images == 16:
+        train(explicit)
+        return
+    message = "classify.toy.batch: 16 of 33 images leaves a batch of 1, .*or `limit: 32`"
+    with pytest.raises(UserError, match=message):
+        train(explicit)
+    assert not Path("results").exists()
 
 
 def test_the_sources_of_a_training_are_part_of_its_identity(

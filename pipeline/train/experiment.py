@@ -7,6 +7,7 @@ written at the end, each file whole, into results/<stage>/<model>/.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from pipeline.data.loading import BatchDataset, Keys
 from pipeline.data.manifest import read_summary
 from pipeline.errors import UserError
 from pipeline.machine import Machine
-from pipeline.params import TrainParams, check_counts, plain
+from pipeline.params import TrainParams, check_warm_up, plain
 from pipeline.recipe import Debug
 from pipeline.sets import BY_STAGE
 from pipeline.train import checkpoints, debugging, distributed
@@ -125,15 +126,37 @@ class Experiment:
         train, validation = readers.training_data(self.dataset, self.params, self.machine, seed)
         return debugging.fewer(train, validation, self.params, self.debug)
 
-    def task(self, seed: int) -> Task:
-        """Data, loss and metric of a seed.
+    def begin(self, seed: int) -> tuple[Task, nn.Module]:
+        """What is trained on, and the fresh model, for a seed.
 
         Raises:
-            UserError: The params do not fit the number of samples.
+            UserError: The params do not fit the number of samples, or see `model`.
         """
         train, validation = self.data(seed)
-        check_counts(self.key, self.params, len(train), distributed.count())
-        return make_task(self.params, train, validation, self.machine.device)
+        check_warm_up(self.key, self.params, len(train))
+        model = self.model(seed, train.classes)
+        self._check_smallest_batch(model, train)
+        return make_task(self.params, train, validation, self.machine.device), model
+
+    def _check_smallest_batch(self, model: nn.Module, train: BatchDataset) -> None:
+        """Batch norm cannot train on one value per channel, as a last batch of one may have."""
+        samples, batch = len(train), self.params.batch
+        parts = distributed.count() * self.params.accumulate
+        smallest = min(samples, batch, samples % batch or batch)
+        if self.params.epochs == 0 or smallest >= 2 * parts:
+            return
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                copy.deepcopy(model).train()(train[Keys(0, [0])][0].to("cpu"))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            split = f" in {parts} parts" if parts > 1 else ""
+            raise UserError(
+                f"params.yaml: {self.key}.batch: {batch} of {samples:,} images leaves a batch of "
+                f"{smallest}{split}, and batch norm cannot train on a single image; "
+                f"choose another batch, or `limit: {samples - smallest or samples - 1}`"
+            ) from error
 
     def model(self, seed: int, classes: int) -> nn.Module:
         """A fresh model, with the backbone's weights if there is one.
@@ -247,8 +270,7 @@ def _train(
     def note(row: Row, step: int) -> None:
         record.metrics({prefix + name: value for name, value in row.items()}, step)
 
-    task = experiment.task(seed)
-    model = experiment.model(seed, task.train.classes)
+    task, model = experiment.begin(seed)
     title = f"{experiment.stage} {experiment.name} seed {seed}"
     with progress.Training(title, note, shown=first) as observer:
         with debugging.profiled(observer, experiment.debug, experiment.results) as watched:

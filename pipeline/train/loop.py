@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,8 +115,8 @@ class _Piece:
     count: int
 
     def to(self, device: str) -> _Piece:
-        images, targets = (t.to(device, non_blocking=True) for t in (self.images, self.targets))
-        return _Piece(images, targets, self.indices, self.count)
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, targets=self.targets.to(device, non_blocking=True))
 
 
 def train(
@@ -154,7 +154,7 @@ def train(
     if recipe.epochs == 0:  # weights that were made elsewhere
         return [{"epoch": 0, "step": 0, **run.validate()}]
     run.resume()
-    with run.signals:
+    with run.signals.noted():
         try:
             while run.state.epoch < recipe.epochs:
                 run.train_epoch()
@@ -468,25 +468,22 @@ class _Run:
 
 
 class StopSignals:
-    """While entered, Ctrl-C and SIGTERM are noted in `received`; a second one acts as usual."""
+    """Inside `noted`, Ctrl-C and SIGTERM only set `received`; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._usual: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Takes the two signals over; does nothing outside of the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._usual[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._restore()
+        try:
+            yield
+        finally:
+            self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

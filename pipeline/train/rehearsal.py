@@ -37,8 +37,8 @@ def rehearse(stage: str, name: str, params: TrainParams, machine: Machine) -> It
     """
     machine.use_threads()
     experiment = Experiment(stage, name, params, machine)
-    task = experiment.task(params.seeds[0])
-    model = experiment.model(params.seeds[0], task.train.classes).to(machine.device)
+    task, model = experiment.begin(params.seeds[0])
+    model = model.to(machine.device)
     samples, source = len(task.train), experiment.summary["source"]
     yield f"params:   {experiment.key} is valid"
     yield f"data:     {source}, {samples:,} for training, {len(task.validation):,} for validation"
