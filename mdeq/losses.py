@@ -64,11 +64,11 @@ def segmentation_loss(
         return total / pixel_weight(labels, class_weights).clamp(min=torch.finfo(total.dtype).tiny)
     losses = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORE, reduction="none")
     valid = labels != IGNORE
+    if not valid.any():
+        return losses.sum()
     with torch.no_grad():
         chosen = labels.masked_fill(~valid, 0)[:, None]
         probability = logits.softmax(1).gather(1, chosen)[:, 0][valid]
-        if probability.numel() == 0:
-            return losses.sum() * 0
         kth = probability.kthvalue(min(hard.keep, probability.numel())).values
         counted = probability <= torch.clamp(kth, min=hard.threshold)
     return losses[valid][counted].mean()

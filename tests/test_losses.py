@@ -1,19 +1,30 @@
-"""Several losses on one equilibrium: they share its adjoint, and two tasks learn on one backbone."""
+"""Losses written out; several on one equilibrium share its adjoint."""
 
 import math
 
-import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from mdeq import MDEQ, Broyden, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, SegmentationHeadConfig
+from mdeq import (
+    MDEQ,
+    Broyden,
+    ClassificationHeadConfig,
+    Gmres,
+    Implicit,
+    MDEQConfig,
+    SegmentationHeadConfig,
+)
 from mdeq.heads import ClassificationHead, SegmentationHead
-from mdeq.losses import IGNORE, classification_loss, joint_loss, segmentation_loss
-from pipeline.data.objects import photo
-from pipeline.data.scenes import street
+from mdeq.losses import (
+    IGNORE,
+    HardExamples,
+    classification_loss,
+    joint_loss,
+    pixel_weight,
+    segmentation_loss,
+)
 
-KINDS = ("airplane", "frog", "truck")
-GROUPS = {"ground": range(6, 11), "built": range(11, 21), "green": range(21, 23), "sky": range(23, 24)}
 CONFIG = MDEQConfig(channels=(8, 16), expansion=2, groups=4, downsamplings=1)
 
 
@@ -23,7 +34,7 @@ def backbone() -> MDEQ:
 
 
 def test_losses_on_several_scales_share_one_adjoint_solve():
-    """A main loss on all scales and auxiliary ones on each: the adjoint is linear, so the gradients add up."""
+    """A main loss on all scales, auxiliary ones on each: as the adjoint is linear, they add up."""
     model = backbone().double()
     model.backward = Implicit(Gmres(steps=60, tolerance=1e-12))
     heads = [
@@ -54,33 +65,76 @@ def test_losses_on_several_scales_share_one_adjoint_solve():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
 
 
-def entropy(labels: Tensor) -> float:
-    """The least cross entropy that is possible without a look at the image."""
-    p = torch.bincount(labels.flatten()).double() / labels.numel()
-    return float(-(p[p > 0] * p[p > 0].log()).sum())
+def squares(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise with a square of one of three colours: the images, the colours, and who is inside."""
+    colours = torch.arange(count) % 3
+    images, inside = (
+        0.3 * torch.randn(count, 3, 16, 16),
+        torch.zeros(count, 16, 16, dtype=torch.long),
+    )
+    for i, colour in enumerate(colours):
+        top, left = torch.randint(0, 8, (2,)).tolist()
+        images[i, colour, top : top + 8, left : left + 8] += 2
+        inside[i, top : top + 8, left : left + 8] = colour + 1
+    inside[:, 0] = IGNORE
+    return images, colours, inside
 
 
 def test_one_backbone_learns_to_classify_and_to_segment():
-    rng = np.random.default_rng(0)
-    kinds = torch.arange(24) % len(KINDS)
-    pictures = np.stack([photo(rng, KINDS[k], 32, 32) for k in kinds])
-    scenes, ids = map(np.stack, zip(*(street(rng, 32, 64) for _ in range(8)), strict=True))
-    group = torch.full((256,), IGNORE)
-    for i, members in enumerate(GROUPS.values()):
-        group[list(members)] = i
-    labels = group[torch.from_numpy(ids).long()]
-
     model = backbone()
-    classify = ClassificationHead(ClassificationHeadConfig((8, 8), 32), CONFIG.channels, len(KINDS), 0.1)
-    segment = SegmentationHead(SegmentationHeadConfig(), CONFIG.channels, len(GROUPS), 0.1)
+    head = ClassificationHeadConfig((8, 8), 32)
+    classify = ClassificationHead(head, CONFIG.channels, 3, 0.1)
+    segment = SegmentationHead(SegmentationHeadConfig(), CONFIG.channels, 4, 0.1)
     modules = torch.nn.ModuleList([model, classify, segment])
     optimizer = torch.optim.Adam(modules.parameters(), 1e-2)
-    images = [torch.from_numpy(p).permute(0, 3, 1, 2).float() / 128 - 1 for p in (pictures, scenes)]
+    images, colours, inside = squares(24)
+    counts = torch.bincount(inside[inside != IGNORE]).double()
+    entropy = float(-(counts / counts.sum() * (counts / counts.sum()).log()).sum())
     for _ in range(25):
         optimizer.zero_grad()
-        first = classification_loss(classify(model(images[0]).scales), kinds)
-        second = segmentation_loss(segment(model(images[1]).scales), labels)
+        scales = model(images).scales
+        first = classification_loss(classify(scales), colours)
+        second = segmentation_loss(segment(scales), inside)
         joint_loss([first, second], [1.0, 1.0]).backward()
         optimizer.step()
-    assert first < 0.7 * math.log(len(KINDS))
-    assert second < 0.7 * entropy(labels[labels != IGNORE])
+    assert first < 0.7 * math.log(3)
+    assert second < 0.7 * entropy  # the least that is possible without a look at the image
+
+
+def test_label_smoothing_shares_the_target():
+    """(1 - s) of the label's and s of all classes' mean negative log probability."""
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    log_p = logits.log_softmax(1)
+    label, mean = -log_p[torch.arange(4), labels], -log_p.mean(1)
+    expected = (0.9 * label + 0.1 * mean).mean()
+    torch.testing.assert_close(classification_loss(logits, labels, 0.1), expected)
+
+
+def test_segmentation_counts_weighted_pixels_alone():
+    logits, labels = torch.randn(2, 3, 4, 6), torch.randint(0, 3, (2, 4, 6))
+    labels[0, :2] = IGNORE
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    counted = labels != IGNORE
+    chosen = labels[counted]
+    negative = -logits.log_softmax(1).permute(0, 2, 3, 1)[counted][range(len(chosen)), chosen]
+    expected = (weights[chosen] * negative).sum() / weights[chosen].sum()
+    torch.testing.assert_close(segmentation_loss(logits, labels, weights), expected)
+    torch.testing.assert_close(pixel_weight(labels, weights), weights[chosen].sum())
+    for hard in (None, HardExamples()):
+        logits.requires_grad_()
+        nothing = segmentation_loss(logits, torch.full_like(labels, IGNORE), weights, hard)
+        nothing.backward()
+        assert nothing == 0 and not logits.grad.any()
+
+
+def test_hard_examples_are_those_of_small_probability_and_at_least_so_many():
+    logits, labels = torch.randn(1, 3, 5, 5), torch.randint(0, 3, (1, 5, 5))
+    p = logits.softmax(1).gather(1, labels[:, None]).flatten().sort().values
+    below = p[p <= 0.4]
+    found = segmentation_loss(logits, labels, hard=HardExamples(threshold=0.4, keep=1))
+    torch.testing.assert_close(found, -below.log().mean())
+    found = segmentation_loss(logits, labels, hard=HardExamples(threshold=0.0, keep=7))
+    torch.testing.assert_close(found, -p[:7].log().mean())
+    for settings in ({"threshold": 1.5}, {"keep": 0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            HardExamples(**settings)
