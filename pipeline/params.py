@@ -40,14 +40,14 @@ class TrainParams(Recipe):
     forward: Forward | None = None  # finds the equilibrium
     backward: Backward | None = None  # differentiates it
     augment: bool  # crop and mirror training images at random
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)  # the model is the first one's
+    seeds: tuple[Seed, ...] = (0,)  # the model is the first one's
     limit: Count | None = None  # training images; None for all
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_parts(self)
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: must differ from each other, not {list(self.seeds)}")
+        if len(set(self.seeds)) < max(1, len(self.seeds)):
+            raise ValueError(f"seeds: must be one or more different numbers, not {[*self.seeds]}")
         if self.warm_start and self.augment:
             raise ValueError("warm_start: needs `augment: false`: the same image in every epoch")
         model, segments = self.model, isinstance(self, FinetuneParams)

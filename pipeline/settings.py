@@ -18,7 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, escaped
 
 FILE = Path("params.yaml")
 NOT_YAML = (YAMLError, ValueError, TypeError, RecursionError)
@@ -181,7 +181,7 @@ def build(kind: Any, data: Any, source: str, keys: Keys = ()) -> Any:
     reader = _Reader()
     value = reader.value(kind, data, keys)
     if reader.problems:
-        raise UserError("\n".join(f"{source}: {problem}" for problem in reader.problems))
+        raise UserError("\n".join(f"{source}: {escaped(problem)}" for problem in reader.problems))
     return value
 
 
