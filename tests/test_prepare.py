@@ -243,6 +243,7 @@ def archive(machine: Machine) -> None:
         tar.add(machine.root / "drawn" / cifar10.FOLDER, cifar10.FOLDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["archive", "generated anew"])
 def test_killed_at_any_moment_the_same_command_gives_the_same(
     machine: Machine, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
