@@ -50,7 +50,7 @@ def test_no_samples_is_nan_not_zero() -> None:
 
 
 def official_iou(label: int, confusion: np.ndarray) -> float:
-    """The benchmark's score of one label, written from its definition: rows truth, columns prediction."""
+    """The benchmark's score of a label by its definition: rows are truth, columns prediction."""
     hit = confusion[label, label]
     missed = confusion[label, :].sum() - hit
     others = [other for other in range(len(confusion)) if other != label]
