@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup repro readme lock test coverage lint docs soak ui clean
+.PHONY: help setup repro readme lock test coverage lint docs ui clean
 
 # The first Python on PATH that is new enough; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -56,9 +56,6 @@ docs: $(STAMP)  ## Build site/: the pages of docs/ and the library's reference
 	@python -c 'import material, mkdocstrings' 2>/dev/null || \
 		python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet && echo site/index.html
-
-soak: $(STAMP)  ## Kill and resume the training stages for an hour: memory, open files and weights must stay
-	@python -m benchmarks.soak --minutes 60 --kills 20
 
 ui: $(STAMP)  ## Open the recorded runs (MLflow) on http://127.0.0.1:5000
 	@python -m pipeline ui

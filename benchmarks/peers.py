@@ -1,102 +1,97 @@
-"""One training step of an equilibrium model: this library beside its peers, on the same f, weights and images.
+"""One training step of an equilibrium model: this library beside its peers.
 
-    python -m benchmarks.peers --weights results/classify/mdeq-small/model.pt --data FOLDER --out peers.json
-    python -m benchmarks.peers --preset imagenet-mdeq-small --train-steps 20 --noise --only Broyden --out peers.json
+    python -m benchmarks.peers --weights model.safetensors --data FOLDER --out peers.json
+    python -m benchmarks.peers --preset imagenet-mdeq-small --train-steps 6 --out peers.json
 
-A step is forward and backward, without an optimiser. The columns take turns, so that a slower minute of the machine
-hits them all; a sample is clean when others used less than 12 % of the machine meanwhile, and medians are over the
-clean ones. f, head and dropout masks are the same everywhere: solver and gradient are what is compared. Residuals are
-recomputed alike for all columns (benchmarks/columns.py). "At the residuals of X" are the fewest evaluations of Anderson
-and GMRES with which neither residual is above X's. "Own ms" is the forward solver's time an evaluation with the values
-of f given.
+A step is a forward and a backward pass, without an optimizer. All columns have the same f, head,
+weights, images and dropout masks; they differ in solver and gradient. They take turns, so that a
+slower minute of the machine hits all. Times are CPU seconds of the process. A sample is clean if
+other processes used less than 12 % of this process's CPUs during it: rounds are repeated until
+every column has --rounds clean samples, at most --patience times. A column that then has fewer
+counts all its samples. Residuals are recomputed alike for all (benchmarks/columns.py).
 
-FOLDER holds cifar-10-batches-py/. torch and numpy suffice; torchdeq's columns need `pip install '.[bench]'`.
+FOLDER holds cifar-10-batches-py/. torch and numpy suffice; torchdeq is in the extra `bench`.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks import setting, timing
-from benchmarks.columns import (
-    Column,
-    Probe,
-    Step,
-    anderson_gmres,
-    at_equal_residual,
-    contestants,
-    own_milliseconds,
-)
-
-LIMIT = 2  # times the peers' updates, for the search at equal residual
+from benchmarks.columns import Column, Step, contestants
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes JSON."""
     parser = setting.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", action="append", metavar="TEXT", help="columns whose name holds TEXT; repeatable")
+    parser.add_argument("--rounds", type=int, default=5, help="clean samples per column")
+    parser.add_argument("--patience", type=int, default=15, help="rounds at most")
     arguments = parser.parse_args(argv)
     there = setting.load(arguments)
-    step = Step(there.network, *there.batch())
-    columns = contestants(there.preset.forward, there.preset.backward, step.at_once, arguments.only)
-    probes = {column.name: step.probe(column) for column in columns}  # which also warms up
-    columns += _at_equal_residual(step, columns, probes, LIMIT * there.preset.backward)
+    columns = contestants(there.preset.forward, there.preset.backward, arguments.only)
+    step = Step(there.network, there.images, there.labels)
+    probes = {column.name: step.probe(column) for column in columns}
+    samples = take_turns(step, columns, arguments.rounds, arguments.patience)
+    rows = []
+    for column in columns:
+        taken = samples[column.name]
+        row = {
+            "name": column.name,
+            **timing.summary(taken, arguments.rounds),
+            **vars(probes[column.name]),
+        }
+        if column.counterpart in samples:
+            row["counterpart"] = column.counterpart
+            row["times"] = _times(taken, samples[column.counterpart], arguments.rounds)
+        rows.append(row)
+    print(markdown(rows))
+    there.write(arguments.out, {"rounds": arguments.rounds, "columns": rows})
+
+
+def take_turns(
+    step: Step, columns: list[Column], rounds: int, patience: int
+) -> dict[str, list[timing.Sample]]:
+    """Samples of every column, one per round."""
     samples: dict[str, list[timing.Sample]] = {column.name: [] for column in columns}
-    own: dict[str, float] = {}
     for column in columns:
-        own[column.name] = own_milliseconds(column.layer, *step.problem()[:2])
-    for _ in range(arguments.rounds):
+        step.run(column)  # warms up
+    for _ in range(patience):
         for column in columns:
-            samples[column.name].append(timing.measure(lambda: step.run(column.layer)))  # noqa: B023
-    rows = [
-        {"name": name, **timing.summary(taken), **vars(probes[name]), "own_ms": own[name]}
-        for name, taken in samples.items()
-    ]
-    report = {"rounds": arguments.rounds, "columns": rows}
-    _print(there.facts, rows, arguments.rounds)
-    there.write(report)
+            samples[column.name].append(timing.measure(partial(step.run, column)))
+        if all(sum(sample.clean for sample in taken) >= rounds for taken in samples.values()):
+            break
+    return samples
 
 
-def _at_equal_residual(step: Step, columns: list[Column], probes: dict[str, Probe], limit: int) -> list[Column]:
-    """Our columns at each peer's residuals, whose probes are added; one column where the numbers coincide."""
-    peers: dict[tuple[int, int], list[str]] = {}
-    for column in columns:
-        if column.implicit and not column.name.startswith("ours"):
-            numbers = at_equal_residual(step, probes[column.name], limit)
-            if numbers is None:
-                print(f"{column.name}: {limit} updates of Anderson or GMRES do not reach its residuals")
-            else:
-                peers.setdefault(numbers, []).append(column.name)
-    found = []
-    for numbers, names in peers.items():
-        column = anderson_gmres(*numbers, step.at_once)
-        column = Column(f"{column.name}, at the residuals of {' and '.join(names)}", column.layer)
-        probes[column.name] = step.probe(column)
-        found.append(column)
-    return found
+def _times(peer: list[timing.Sample], ours: list[timing.Sample], rounds: int) -> float:
+    """How many times the seconds of our counterpart a peer takes: the median over the rounds."""
+    both = set(timing.counted(peer, rounds)) & set(timing.counted(ours, rounds))
+    return statistics.median(peer[i].cpu / ours[i].cpu for i in both)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/benchmarks.md."""
     lines = [
-        "| column | s | least | CPU s | f / passes | residual, forward / backward | solver's own ms |",
-        "|---|---|---|---|---|---|---|",
+        "| step | CPU s, median (range) | evaluations / products | residual, forward / backward "
+        "| times ours |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
-        backward = "n/a" if row["backward_residual"] is None else f"{row['backward_residual']:.2g}"
-        lines.append(
-            f"| {row['name']} | {row['wall']:.2f} | {row['wall_min']:.2f} | {row['cpu']:.2f} | {row['evaluations']} / "
-            f"{row['passes']} | {row['forward_residual']:.2g} / {backward} | {row['own_ms']:.1f} |"
+        seconds = f"{row['seconds']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
+        backward = row["backward_residual"]
+        backward = "none" if backward is None else f"{backward:.2g}"
+        cells = (
+            row["name"],
+            seconds,
+            f"{row['evaluations']} / {row['passes'] - 1}",
+            f"{row['forward_residual']:.2g} / {backward}",
+            f"{row['times']:.2f}" if "times" in row else "",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _print(facts: dict[str, Any], rows: list[dict[str, Any]], rounds: int) -> None:
-    print("; ".join(f"{name} {value}" for name, value in facts.items()))
-    print("clean samples: " + ", ".join(f"{row['clean']}/{rounds}" for row in rows))
-    print(markdown(rows))
 
 
 if __name__ == "__main__":
