@@ -100,13 +100,13 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit(root: Path) -> str:
-    """The checkout's commit, with `+` where files differ from it; "none" and why without one."""
+    """The checkout's commit, with `+` where files differ from it; "unknown", and why, without one."""
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
         done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
-    except OSError:
-        return "none"
-    return done.stdout.strip() or f"none ({done.stderr.strip().partition(chr(10))[0]})"
+    except OSError as error:
+        return f"unknown: {error}"
+    return done.stdout.strip() or f"unknown: {done.stderr.strip().partition(chr(10))[0]}"
 
 
 def masked(text: str) -> str:

@@ -208,12 +208,7 @@ def load(
 
 def check(path: str | Path = FILE) -> None:
     """Checks a whole file; a UserError has one line per error."""
-    settings.build(Params, settings.read(Path(path)), str(path))
-
-
-def instances(stage: str, path: str | Path = FILE) -> list[str]:
-    """The names in a stage's section."""
-    return list(settings.section(settings.read(Path(path)), (stage,), Path(path)))
+    settings.load(Params, Path(path))
 
 
 def plain(section: Any) -> dict[str, Any]:

@@ -127,12 +127,9 @@ def read(path: Path) -> Any:
     """The content of a params file, as JSON has it: without aliases, a date as its text."""
     try:
         return _plain(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; run in the repository's root, or name a file with --params"
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        way_out = "run in the repository's root, or name a file with --params"
+        raise UserError(f"{path}: cannot be read ({error}); {way_out}") from None
     except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -149,27 +146,24 @@ def section(data: Any, keys: Keys, path: Path) -> Any:
     for i, key in enumerate(keys):
         if not isinstance(data, dict) or key not in data:
             there = ", ".join(data) if isinstance(data, dict) else "none"
-            where = ".".join(keys[: i + 1])
-            raise UserError(f"{path}: {where}: is missing; there are: {there}")
+            raise UserError(f"{path}: {'.'.join(keys[: i + 1])}: is missing; there are: {there}")
         data = data[key]
     return data
 
 
 def change(section: Any, setting: str) -> None:
     """Replaces a value of a section that was read: `optimizer.lr=3e-4`, where the value is YAML."""
-    key, _, value = setting.partition("=")
-    *parents, last = key.split(".")
     try:
+        key, value = setting.split("=", 1)
+        *parents, last = key.split(".")
         for parent in parents:
             if section.get(parent) is None:
                 section[parent] = {}
             section = section[parent]
         section |= {last: _plain(value)}
     except (AttributeError, *NOT_YAML):
-        raise UserError(
-            f"--set {setting}: must be key=value, a key of the section and a value in YAML, "
-            "such as optimizer.lr=3e-4"
-        ) from None
+        example = "such as optimizer.lr=3e-4"
+        raise UserError(f"--set {setting}: must be a key and its value, {example}") from None
 
 
 def build(kind: Any, data: Any, source: str, keys: Keys = ()) -> Any:

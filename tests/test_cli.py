@@ -104,41 +104,34 @@ def test_wrong_params_stop_every_command_before_any_work(workspace: Path, comman
     ("command", "message"),
     [
         ("classify mdeq-huge", "classify.mdeq-huge: is missing; there are: mdeq-small, resnet18-"),
-        ("classify mdeq-small --params none.yaml", "none.yaml: no such file"),
+        ("classify mdeq-small --params none.yaml", "none.yaml: cannot be read"),
+        ("prepare cifar10 --params none.yaml", "none.yaml: cannot be read"),
         ("classify mdeq-small --params params", "is a directory"),
         ("classify mdeq-small --device tpu9", "--device tpu9: must be auto, cpu, cuda"),
         ("classify mdeq-small --set lr=1", "--set lr=1: classify.mdeq-small.lr: unknown key"),
         ("benchmark --set rounds=0", "with --set rounds=0: benchmark.rounds: must be greater "),
-        ("prepare cifar10 --params none.yaml", "none.yaml: no such file"),
         ("prepare mnist", "mnist"),
         ("classify", "Missing argument"),
         ("classify mdeq-small --limit-batches 0", "--limit-batches"),
         ("predict none.png --model none", "none: no such model"),
         ("show", "results/report/results.json: no such file; run"),
+        ("MDEQ_WORKERS=two classify mdeq-small", "MDEQ_WORKERS=two: must be a whole number"),
+        ("MDEQ_DEVICE=hpu classify mdeq-small", "MDEQ_DEVICE=hpu: must be auto, cpu, cuda"),
+        ("MDEQ_LAUNCH='x classify mdeq-small", "MDEQ_LAUNCH='x: No closing quotation; name a"),
+        ("MDEQ_LAUNCH=no/such classify mdeq-small", "MDEQ_LAUNCH=no/such: [Errno 2] No such file"),
+        ("MDEQ_TRACKING=off sync", "MDEQ_TRACKING=off: there is no store of runs; unset it"),
+        ("MDEQ_TRACKING=off ui", "MDEQ_TRACKING=off: there is no store of runs; unset it"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(workspace: Path, command: str, message: str) -> None:
+def test_wrong_usage_is_exit_code_2(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    first, _, rest = command.partition(" ")
+    if "=" in first:
+        monkeypatch.setenv(*first.split("="))
+        command = rest
     result = invoke(command)
     assert result.exit_code == 2 and message in result.stderr, result.output
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("MDEQ_WORKERS", "two", "MDEQ_WORKERS=two: must be a whole number of at least 0"),
-        ("MDEQ_DEVICE", "hpu", "MDEQ_DEVICE=hpu: must be auto, cpu, cuda"),
-        ("MDEQ_LAUNCH", "torchrun 'x", "MDEQ_LAUNCH=torchrun 'x: No closing quotation"),
-        ("MDEQ_LAUNCH", "no-such-launcher", "MDEQ_LAUNCH=no-such-launcher: [Errno 2] No such file"),
-    ],
-)
-def test_a_wrong_environment_is_named(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
-) -> None:
-    monkeypatch.setenv(name, value)
-    if name != "MDEQ_DEVICE":
-        monkeypatch.setenv("MDEQ_DEVICE", "cpu")
-    result = invoke("classify mdeq-small")
-    assert result.exit_code == 2 and message in result.stderr and "hunter2" not in result.stderr
 
 
 def test_a_stage_gets_its_own_section_the_machine_and_the_debugging_options(
@@ -161,25 +154,24 @@ def fail(error: BaseException, *_: object) -> None:
 
 
 class Broken:
+    """A data set whose one sample cannot be read."""
+
+    def __init__(self, action: Any) -> None:
+        self.action = action
+
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> None:
-        raise UserError("a.png: changed; Error: is a word\nb.png: too")
+        self.action()
 
 
-class Killed(Broken):
-    def __getitem__(self, index: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+def read(action: Any, *_: object) -> None:
+    list(DataLoader(Broken(action), batch_size=None, num_workers=1))  # type: ignore[arg-type]
 
 
-class Unreadable(Broken):
-    def __getitem__(self, index: int) -> None:
-        Path("a" * 300).read_bytes()
-
-
-def read(dataset: Broken, *_: object) -> None:
-    list(DataLoader(dataset, batch_size=None, num_workers=1))  # type: ignore[arg-type]
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fill(*_: object) -> None:
@@ -188,95 +180,77 @@ def fill(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "said"),
+    ("run", "code", "said"),
     [
-        (partial(fail, UserError("model: damaged; train again")), "model: damaged; train again\n"),
-        (partial(fail, UserError("http://me:hunter2@h: down")), "http://***@h: down\n"),
-        (partial(read, Broken()), "a.png: changed; Error: is a word\nb.png: too\n"),
-        (partial(read, Killed()), "; lower MDEQ_WORKERS, or give it memory"),
-        (partial(read, Unreadable()), "File name too long"),
-        (fill, "No space left on device; free some space and rerun; what was saved is kept\n"),
-        (partial(fail, PermissionError(errno.EACCES, "denied", "x")), "x: denied; give this user"),
-        (partial(fail, NotADirectoryError(errno.ENOTDIR, "no", "a/b")), "a/b: no\n"),
-        (partial(fail, MemoryError()), "MemoryError; lower `batch` and rerun\n"),
-        (partial(fail, RuntimeError("CUDA out of memory. Tried")), "lower `batch` and rerun\n"),
+        (partial(fail, UserError("model: damaged; train again")), 2, "model: damaged; train again"),
+        (partial(fail, UserError("http://me:hunter2@h: down")), 2, "http://***@h: down"),
+        (
+            partial(read, partial(fail, UserError("a: Error: is\nb: too"))),
+            2,
+            "a: Error: is\nb: too",
+        ),
+        (partial(read, kill), 2, "; lower MDEQ_WORKERS, or give it memory"),
+        (partial(read, Path("a" * 300).read_bytes), 2, "File name too long"),
+        (fill, 2, "No space left on device; free some space and rerun; what was saved is kept"),
+        (partial(fail, PermissionError(errno.EACCES, "denied", "x")), 2, "x: denied; give this us"),
+        (partial(fail, NotADirectoryError(errno.ENOTDIR, "no", "a/b")), 2, "a/b: no"),
+        (partial(fail, MemoryError()), 2, "MemoryError; lower `batch` and rerun"),
+        (partial(fail, RuntimeError("CUDA out of memory. Tried")), 2, "lower `batch` and rerun"),
+        (partial(fail, Stopped("12 steps are kept", 143)), 143, "12 steps are kept"),
+        (partial(fail, Stopped("12 steps are kept", 130)), 130, "12 steps are kept"),
+        (partial(fail, KeyboardInterrupt()), 130, "interrupted; rerun the same command"),
     ],
 )
-def test_what_a_user_can_fix_is_said_without_a_traceback(
-    workspace: Path, fake_stage: ModuleType, run: Any, said: str
+def test_what_is_no_defect_is_said_without_a_traceback(
+    workspace: Path, fake_stage: ModuleType, run: Any, code: int, said: str
 ) -> None:
     fake_stage.run = run  # type: ignore[attr-defined]
     result = invoke("classify mdeq-small --device cpu")
-    assert result.exit_code == 2 and said in result.stderr, result.stderr
+    assert result.exit_code == code and said in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
-    assert result.stderr.count("\n") == said.count("\n", 0, -1) + 1
+    assert result.stderr.count("\n") == said.count("\n") + 1
 
 
-def test_a_defect_keeps_its_traceback_but_no_secret(workspace: Path) -> None:
-    code = """
-import sys, types, pipeline.cli
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 143),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(30)", 130),
+        ("raise KeyError('http://me:hunter2@h')", 1),
+        ("raise RuntimeError('operation not permitted')", 1),
+    ],
+)
+def test_signals_and_defects_end_a_real_stage_in_good_order(
+    workspace: Path, body: str, code: int
+) -> None:
+    script = f"""
+import os, signal, sys, time, types, pipeline.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 stage = sys.modules["pipeline.stages.classify"] = types.ModuleType("pipeline.stages.classify")
-def run(*_): raise KeyError("http://me:hunter2@h")
+def run(*_):
+    try:
+        {body}
+    finally:
+        print("closed")
 stage.run = run
 sys.argv = ["pipeline", "classify", "mdeq-small", "--device", "cpu"]
 pipeline.cli.main()
 """
-    done = python("-c", code, cwd=workspace)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError" in done.stderr
-    assert "hunter2" not in done.stderr
-
-
-# how commands end
-
-
-def test_a_stop_says_what_is_kept(workspace: Path, fake_stage: ModuleType) -> None:
-    for error, code, said in (
-        (Stopped("12 steps are kept", 143), 143, "12 steps are kept\n"),
-        (Stopped("12 steps are kept", 130), 130, "12 steps are kept\n"),
-        (KeyboardInterrupt(), 130, "interrupted; rerun the same command\n"),
-    ):
-        fake_stage.run = partial(fail, error)  # type: ignore[attr-defined]
-        result = invoke("classify mdeq-small --device cpu")
-        assert (result.exit_code, result.stderr) == (code, said)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_real_stage_in_good_order(workspace: Path, number: int, code: int) -> None:
-    script = (
-        "import os, signal, sys, time, types, pipeline.cli\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
-        "stage = types.ModuleType('pipeline.stages.classify')\n"
-        "def run(*_):\n"
-        "    try:\n"
-        f"        os.kill(os.getpid(), {int(number)}); time.sleep(30)\n"
-        "    finally:\n"
-        "        print('closed')\n"
-        "stage.run = run\n"
-        "sys.modules[stage.__name__] = stage\n"
-        "sys.argv = ['pipeline', 'classify', 'mdeq-small', '--device', 'cpu']\n"
-        "pipeline.cli.main()\n"
-    )
     done = python("-c", script, cwd=workspace)
     assert (done.returncode, done.stdout) == (code, "closed\n"), done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1) and "hunter2" not in done.stderr
 
 
-@pytest.mark.parametrize("stderr", ["/dev/full", None, "ascii"])
+@pytest.mark.parametrize("redirection", ["", " 2>/dev/full", " 2>&-"])
 def test_an_error_keeps_its_exit_code_where_it_cannot_be_printed(
-    workspace: Path, stderr: str | None
+    workspace: Path, redirection: str
 ) -> None:
-    command = f"exec {sys.executable} -m pipeline classify größe"
-    where = {None: " 2>&-", "ascii": ""}.get(stderr, f" 2>{stderr}")
-    environment = {"PYTHONIOENCODING": "ascii"} if stderr == "ascii" else {}
-    done = subprocess.run(
-        ["bash", "-c", command + where],
-        cwd=workspace,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-    )
+    command = f"exec {sys.executable} -m pipeline classify größe{redirection}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    options: dict[str, Any] = {"env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "-c", command], cwd=workspace, **options)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    if stderr == "ascii":
-        assert "is missing; there are: mdeq-small" in done.stderr
+    assert redirection or "is missing; there are: mdeq-small" in done.stderr
 
 
 # small commands
@@ -290,13 +264,6 @@ def test_check_and_machine_and_weights(workspace: Path) -> None:
     assert invoke("machine").exit_code == 0
     assert (workspace / "results/machine.json").read_text() == first and '"cores"' in first
     assert invoke("weights").exit_code == 0
-
-
-def test_a_store_that_is_off_is_said(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MDEQ_TRACKING", "off")
-    for command in ("sync", "ui"):
-        result = invoke(command)
-        assert result.exit_code == 2 and "MDEQ_TRACKING=off: there is no store" in result.stderr
 
 
 @pytest.mark.parametrize("stage", BY_STAGE)

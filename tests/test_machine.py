@@ -106,7 +106,7 @@ def test_the_commit_is_gits_and_says_why_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit.cache_clear()
-    assert commit(tmp_path).startswith("none (fatal: not a git repository")
+    assert commit(tmp_path).startswith("unknown: fatal: not a git repository")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "a").touch()
