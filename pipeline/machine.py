@@ -100,7 +100,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit(root: Path) -> str:
-    """The checkout's commit, with `+` where files differ from it; "unknown", and why, without one."""
+    """The commit, with `+` where files differ from it; "unknown", and why, where there is none."""
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
         done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
