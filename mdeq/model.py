@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ class MDEQ(nn.Module):
         solution = None
         steps = self.config.unrolled if unroll_steps is None else unroll_steps
         if steps is not None:
-            z = unroll(f, z0, steps, inputs=f.inputs)
+            z = cast(Tensor, unroll(f, z0, steps, inputs=f.inputs))
         else:
             z, solution = self._solve(f, z0)
             if not self.training or self.config.train_output == "z*":
@@ -157,7 +158,10 @@ class MDEQ(nn.Module):
         self, f: StateMap, z0: Tensor, on_backward: Callable[[Solution], None] | None
     ) -> tuple[Tensor, Solution]:
         forward, backward = self.forward_solver, self.backward
-        return equilibrium(f, z0, forward, backward, inputs=f.inputs, on_backward=on_backward)
+        z, solution = equilibrium(
+            f, z0, forward, backward, inputs=f.inputs, on_backward=on_backward
+        )
+        return cast(Tensor, z), solution
 
     def _part_size(self, z0: Tensor) -> int:
         """How many samples of a batch are solved together.

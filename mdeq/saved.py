@@ -321,7 +321,7 @@ def _chosen(options: tuple[Any, ...], value: Any, name: str) -> Any:
         return NoneType
     if not isinstance(value, dict):
         return options[0]
-    kinds = {option.kind: option for option in options if dataclasses.is_dataclass(option)}
+    kinds = {option.kind: option for option in options if hasattr(option, "kind")}
     if not isinstance(value.get("kind"), str) or value["kind"] not in kinds:
         raise ValueError(f"{name}: the kind must be one of {', '.join(kinds)}")
     return kinds[value["kind"]]
