@@ -183,8 +183,12 @@ def from_old(content: Mapping[str, Any]) -> Saved:
     """
     if content.get("format") != 1 or not {"architecture", "meta", "state"} <= content.keys():
         raise ValueError("not a model file of version 0.1")
-    architecture = _decoded(Architecture, content["architecture"], "architecture")
-    return Saved(architecture, content["meta"], content["state"])
+    facts, state = content["meta"], content["state"]
+    if not isinstance(facts, dict) or not isinstance(state, dict):
+        raise ValueError("not a model file of version 0.1")
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError("state: every value must be a tensor")
+    return Saved(_decoded(Architecture, content["architecture"], "architecture"), facts, state)
 
 
 def _text(value: Any) -> str:

@@ -143,6 +143,9 @@ def test_a_model_of_version_0_1_is_converted():
     )
     with pytest.raises(ValueError, match=r"not a model file of version 0\.1"):
         saved.from_old({"state_dict": {}})
+    for spoilt in ({"state": [1]}, {"meta": None}, {"state": {"a": 1}}, {"architecture": 3}):
+        with pytest.raises(ValueError):
+            saved.from_old(old | spoilt)
 
 
 # Malformed files
