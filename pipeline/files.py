@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,23 +27,18 @@ def digest(content: bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file's content, read in pieces.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """The digest of a file's content, read in pieces; OSError if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def write(path: Path, content: bytes) -> None:
-    """Stores `content` at `path` as a new file: after a crash at any moment the old file or the new one is whole.
+    """Stores `content` in a new file; after a crash at any moment the old or the new one is whole.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk, and takes the name in one step. A
-    link (DVC's cache may be linked) is replaced, never written through.
+    A link (DVC's cache may be linked) is replaced, never written through.
 
     Raises:
-        UserError: The disk refuses; the message names the path and how much room is needed and free.
+        UserError: The disk refuses; the message names the path and the room needed.
     """
     partial = path.with_name(f"{path.name[:100]}{PARTIAL}-{uuid.uuid4().hex[:8]}")
     try:
@@ -54,9 +48,12 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        _make_renames_durable(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}){_room(path, content)}; the old file is kept") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}): {len(content) / 1e6:.1f} MB are "
+            "needed; the old file is kept"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -75,12 +72,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, cure: str) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Args:
-        path: Of the file.
-        cure: What to do where the file is missing or damaged, as "run `dvc repro`".
-
     Raises:
-        UserError: The file is missing, unreadable, or holds anything but an object.
+        UserError: The file is missing, damaged, or holds anything but an object; the message ends
+            with `cure`, as "run `dvc repro`".
     """
     try:
         value = json.loads(path.read_bytes())
@@ -95,16 +89,6 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
     return value
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where the file system can."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes left half written in a folder; the caller holds its lock."""
     for path in folder.glob(f"*{PARTIAL}-*"):
@@ -114,38 +98,38 @@ def remove_partial(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[None]:
-    """Inside, this process is the only one that holds the lock file `path`; the kernel frees it however it ends.
+    """Inside, no other process holds the lock file `path`; the kernel frees it however this ends.
 
-    Args:
-        path: The lock file; its folder is made. It stays when the lock is freed.
-        busy: What to tell the user if another process holds it.
-        wait: Wait for the other process instead.
+    The file is made, and stays. If another process holds it, `wait` for that one.
 
     Raises:
-        UserError: Another process holds the lock, or the file system has no locks.
+        UserError: Another process holds the lock (the message is `busy`), or the file system has
+            no locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give this user write access to it") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); give this user write access to it"
+        ) from None
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(busy) from None
             raise UserError(
-                f"{path}: this file system has no locks ({error.strerror}); work in a checkout on a local disk"
+                f"{path}: this file system has no locks ({error.strerror}); "
+                "work in a checkout on a local disk"
             ) from None
         yield
 
 
-def _room(path: Path, content: bytes) -> str:
-    folder = next((parent for parent in path.parents if parent.exists()), None)
-    if folder is None:
-        return ""
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free / 1e6
-        return f": {len(content) / 1e6:.1f} MB are needed, {free:.1f} MB are free in {folder}"
-    return ""
+def _make_renames_durable(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # a file system that cannot
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

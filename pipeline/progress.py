@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import TracebackType
 from typing import Any, TypeVar
 
 import rich.progress as rich
@@ -21,6 +20,12 @@ from pipeline.errors import escaped
 SECONDS_PER_LINE = 30.0
 PATIENCE = 100  # updates whose solves all fail, before that is said
 MEASURED_UPDATES, MEASURED_SECONDS = 20, 10.0  # before a training's duration is estimated
+SHOWN = {
+    "loss/train": "loss",
+    "solver/forward_residual": "residual",
+    "solver/backward_residual": "adjoint",
+    "time/images_per_second": "images/s",
+}
 
 Item = TypeVar("Item")
 Row = dict[str, float]
@@ -59,7 +64,7 @@ def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterat
             say(f"{title}: {number:,}" + (f" of {total:,}" if total else ""))
 
 
-class Training:
+class Training(contextlib.AbstractContextManager["Training"]):
     """The observer of a training, see `pipeline.train.loop.Observer`; a context manager.
 
     Args:
@@ -72,59 +77,43 @@ class Training:
         self, title: str, record: Callable[[Row, int], None], *, shown: bool = True
     ) -> None:
         self._title, self._record, self._shown = title, record, shown
-        self._terminal = shown and on_terminal()
+        self._bar: rich.Progress | None = None
+        if shown and on_terminal():
+            columns = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
+            text = rich.TextColumn("{task.description}")
+            self._bar = rich.Progress(*columns, text, console=Console(stderr=True))
+            self._updates = self._bar.add_task(title, total=None)
+            self._bar.start()
         self._last_line = self._since = time.monotonic()
         self._first_step: int | None = None  # of this phase, whose duration is measured
-        self._solves = False
+        self._estimated = self._solves = False
         self._failures = 0  # in a row
-        columns = (
-            rich.TextColumn("{task.description}"),
-            rich.BarColumn(),
-            rich.MofNCompleteColumn(),
-            rich.TimeRemainingColumn(),
-            rich.TextColumn("{task.fields[figures]}"),
-        )
-        self._bar = rich.Progress(
-            *columns, console=Console(stderr=True), disable=not self._terminal
-        )
-        self._updates = self._bar.add_task(title, total=None, figures="")
-        self._validation = self._bar.add_task("validation", total=None, visible=False, figures="")
 
-    def __enter__(self) -> Training:
-        with contextlib.suppress(OSError, ValueError):
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._bar.stop()
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            with contextlib.suppress(OSError, ValueError):  # the terminal was closed
+                self._bar.stop()
 
     def step(self, step: int, total: int, values: Row) -> None:
         """Shows an update and its figures."""
-        figures = _figures(values)
-        self._bar.update(self._updates, completed=step, total=total, figures=figures)
-        self._estimate(step, total, values)
+        parts = [f"{label} {values[key]:.3g}" for key, label in SHOWN.items() if key in values]
+        figures = "  ".join(parts)
+        self._estimate(step, total, solves="solver/nfe" in values)
         self._watch_solver(step, values)
-        due = step == total or time.monotonic() - self._last_line > SECONDS_PER_LINE
-        if due and not self._terminal:
+        if self._bar:
+            text = f"{self._title}  {figures}"
+            self._bar.update(self._updates, completed=step, total=total, description=text)
+        elif step == total or time.monotonic() - self._last_line > SECONDS_PER_LINE:
             self._last_line = time.monotonic()
             self._say(f"step {step}/{total}  {figures}")
 
-    def validating(self, batches: Collection[Any]) -> Iterator[Any]:
+    def validating(self, batches: Collection[Any]) -> Iterable[Any]:
         """Passes on the batches of a validation and shows them."""
-        if not self._terminal:
+        if self._bar:
+            yield from self._bar.track(batches, description="validation")
+            self._bar.remove_task(self._bar.task_ids[-1])
+        else:
             yield from track(batches, f"{self._title}: validation") if self._shown else batches
-            return
-        self._bar.reset(self._validation, total=len(batches), visible=True)
-        for batch in batches:
-            yield batch
-            self._bar.advance(self._validation)
-        self._bar.update(self._validation, visible=False)
 
     def record(self, step: int, row: Row) -> None:
         """Records a row of the run."""
@@ -134,21 +123,18 @@ class Training:
         if self._shown:
             say(f"{self._title}: {text}")
 
-    def _estimate(self, step: int, total: int, values: Row) -> None:
+    def _estimate(self, step: int, total: int, solves: bool) -> None:
         """Says how long the training will take, once for unrolled and once for implicit updates."""
-        solves = "solver/nfe" in values
         now = time.monotonic()
         if self._first_step is None or solves != self._solves:
-            self._first_step, self._solves, self._since = step, solves, now
-            self._said = False
-            return
+            self._first_step, self._since = step, now
+            self._solves, self._estimated = solves, False
         updates, seconds = step - self._first_step, now - self._since
-        if self._said or updates < MEASURED_UPDATES or seconds < MEASURED_SECONDS:
-            return
-        self._said = True
-        each = seconds / updates
-        left = duration(each * (total - step))
-        self._say(f"about {left} left on this machine, at {each:.2g} s per update")
+        if not self._estimated and updates >= MEASURED_UPDATES and seconds >= MEASURED_SECONDS:
+            self._estimated = True
+            left = duration(seconds / updates * (total - step))
+            each = f"{seconds / updates:.2g} s per update"
+            self._say(f"about {left} left on this machine, at {each}")
 
     def _watch_solver(self, step: int, values: Row) -> None:
         failed = values.get("solver/forward_residual", 0.0) >= 1
@@ -168,13 +154,3 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours"
-
-
-def _figures(values: Row) -> str:
-    shown = {
-        "loss/train": "loss",
-        "solver/forward_residual": "residual",
-        "solver/backward_residual": "adjoint",
-        "time/images_per_second": "images/s",
-    }
-    return "  ".join(f"{label} {values[key]:.3g}" for key, label in shown.items() if key in values)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import re
 import signal
 import socket
@@ -21,10 +22,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 ENDED = ("FINISHED", "FAILED", "KILLED")
 UPLOADED = "uploaded"  # a run's tag: the bytes of its file when all of it had arrived
 METRICS_PER_BATCH, PARAMS_PER_BATCH, TAG_LENGTH = 1000, 100, 5000  # MLflow's limits
-CHUNK = 4_000_000  # bytes of a run file read at once
 ENVIRONMENT = {  # MLflow neither calls home nor prints tracebacks nor retries for minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -52,16 +52,13 @@ LATER = "`python -m pipeline sync` then uploads the runs"
 REASONS = {  # what an error says -> what is wrong, and what to do
     "out-of-date database schema|Can't locate revision": "its schema is another MLflow version's; "
     "back it up and run `mlflow db upgrade`, or install the MLflow that wrote it",
-    "not a database|malformed|no such table|no such column": "it is damaged or not MLflow's; "
+    "not a database|malformed|no such table|[Ii]s a directory": "it is damaged or not MLflow's; "
     "move it away, a new one is made",
-    "readonly|read-only|[Pp]ermission denied|unable to open": "it cannot be written; "
-    "give this user write access to the file and its folder",
-    "No module named|Can't load plugin": "a Python package for it is missing; install it",
+    "readonly|[Pp]ermission denied|unable to open": "it was replaced while in use, or "
+    "give this user write access to it",
     r"authentication|[Aa]ccess denied|\b40[13]\b|[Uu]nauthorized|[Ff]orbidden": "it refuses the "
     "credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    "[Pp]arse|[Ii]nvalid (URL|url)|[Uu]nsupported|No host": "MLFLOW_TRACKING_URI is not an address "
-    "of a store; write http://host:5000 or sqlite:////folder/mlflow.db",
-    "": "it cannot be used now; the runs wait in their files",
+    "": "it cannot be used now; see whether it runs, and whether MLFLOW_TRACKING_URI is right",
 }
 THREADS = threading.Lock()
 PICTURE = (  # a grey pixel, the example of a logged model's input
@@ -69,36 +66,24 @@ PICTURE = (  # a grey pixel, the example of a logged model's input
 )
 VIEW = "stages"
 COLUMNS = ("eval/top1", "eval/miou", "loss/train", "solver/relative_residual", "solver/nfe")
-RUN_NAME = "attributes.`Run Name`"
-NOTE = """A run named `pipeline ...` groups the stages of one `dvc repro` or `dvc exp run`; each
-stage is a run below it. Charts are grouped by what is before the `/` in a metric's name."""
+NOTE = "A run named `pipeline ...` groups the stages of one `dvc repro` or `dvc exp run`."
 
 
 class Upload:
     """The upload of one run file, in as many calls of `once` as it takes.
 
-    Args:
-        file: The run file.
-        machine: Whose store.
-        results: The folder to which the names of artifacts in the file are relative; None for the
-            file's own.
-
-    Attributes:
-        complete: The store has all of a run that has ended, or its user deleted it there.
+    The names of artifacts in the file are relative to `results`, by default the file's own folder.
+    `complete` says that the store has all of an ended run, or that its user deleted it there.
     """
 
     def __init__(self, file: Path, machine: Machine, results: Path | None = None) -> None:
         self.complete = False
         self._file, self._machine, self._results = file, machine, results or file.parent
-        self._lock = threading.Lock()
-        self._inode: int | None = None  # of an SQLite store
         self._known = False  # whether the store was asked what it has; the attributes of _ask hold
-        self._position = 0
 
     def forget(self) -> None:
         """Makes the next call read the file from its start and ask the store what it has of it."""
-        with self._lock:
-            self._known, self._position = False, 0
+        self._known = False
 
     def once(self) -> bool:
         """Uploads what the store lacks; returns whether it lacked something.
@@ -114,140 +99,152 @@ class Upload:
             raise
 
     def _upload(self) -> bool:
-        self._check_store()
         if not self._known:
             self._ask(read_header(self._file))
         if self.complete:
             return False
-        while rows := self._new_rows():
-            self._send(rows)
-        if self._status not in ENDED and not running(self._file):
+        for line in self._new_lines():
+            self._send(_parse(line, self._file))
+        self._send_metrics()
+        if self._status == "RUNNING" and not running(self._file):
             self._status = "KILLED"
         if self._status in ENDED:
-            for run in filter(None, (self._run, self._parent)):
-                self._client.set_terminated(run, self._status, self._ended)
-            if self._missing:
-                raise UserError(
-                    f"{self._results}: {', '.join(self._missing)}: no such file, so not uploaded; "
-                    "`dvc checkout` restores it, or rerun the stage"
-                )
-            self._client.set_tag(self._run, UPLOADED, str(self._position))
-            self.complete = True
+            self._end()
         return True
-
-    def _check_store(self) -> None:
-        """MLflow would write on into a database whose file was deleted."""
-        database = _database(self._machine)
-        found = database.stat().st_ino if database and database.is_file() else None
-        if self._inode not in (None, found):
-            raise UserError(f"{database}: deleted or replaced while the stage ran; {LATER}")
-        self._inode = found
 
     def _ask(self, header: dict[str, Any]) -> None:
         """Finds the run in the store, or makes it, and notes what the store has of it."""
         self._name = "/".join(filter(None, (header["stage"], header.get("instance"))))
-        with _alone(self._machine):
-            self._client, self._experiment = connect(self._machine)
-            found = _find(self._client, self._experiment, "mark", header["run"])
-            if found is None:
-                parent = _parent(self._client, self._experiment, header)
-                tags = {name: str(text)[:TAG_LENGTH] for name, text in header["tags"].items()}
-                tags |= {"mark": header["run"]} | ({"mlflow.parentRunId": parent} if parent else {})
-                found = self._client.create_run(self._experiment, header["time"], tags, self._name)
-        self._run, self._parent = found.info.run_id, found.data.tags.get("mlflow.parentRunId")
+        with connected(self._machine) as (self._client, self._experiment):
+            found = self._find("mark", header["run"]) or self._make_run(header)
+        self._found, self._run = found, found.info.run_id
         self._steps = {metric.key: metric.step for metric in found.to_proto().data.metrics}
-        self._params = set(found.data.params)
-        inputs = found.inputs.dataset_inputs if found.inputs else []
-        self._datasets = {one.dataset.digest for one in inputs}
         self._has_model = bool(found.outputs and found.outputs.model_outputs)
-        self._status, self._ended = "RUNNING", None
+        self._position = 0
+        self._metrics: list[Any] = []
         self._missing: list[str] = []
-        ended, deleted = found.info.status in ENDED, found.info.lifecycle_stage == "deleted"
-        whole = ended and found.data.tags.get(UPLOADED) == str(self._file.stat().st_size)
-        self.complete = deleted or whole
+        self._status, self._ended = "RUNNING", None
+        whole = found.data.tags.get(UPLOADED) == str(self._file.stat().st_size)
+        ended = found.info.status in ENDED
+        self.complete = found.info.lifecycle_stage == "deleted" or (ended and whole)
         if ended and not self.complete:
             self._client.update_run(self._run, "RUNNING")
-        with self._lock:
-            self._known, self._position = True, 0
+        self._known = True
 
-    def _new_rows(self) -> list[dict[str, Any]]:
-        with self._lock, self._file.open("rb") as file:
+    def _find(self, tag: str, value: str) -> Run | None:
+        """The run with a tag of that value, of letters and digits; also one that was deleted."""
+        from mlflow.entities import ViewType
+
+        query = f"tags.{tag} = '{value}'"
+        found = self._client.search_runs([self._experiment], query, ViewType.ALL, 1)
+        return found[0] if found else None
+
+    def _make_run(self, header: dict[str, Any]) -> Run:
+        """A new run; one that the store has open for the same file was killed, and is closed."""
+        place = files.digest(f"{platform.node()}:{self._file.absolute()}".encode())
+        open_ones = f"tags.place = '{place}' and attributes.status = 'RUNNING'"
+        for killed in self._client.search_runs([self._experiment], open_ones):
+            self._terminate(killed, "KILLED")
+        tags = {name: str(text)[:TAG_LENGTH] for name, text in header["tags"].items()}
+        tags |= {"mark": header["run"], "place": place}
+        if header.get("pipeline"):
+            tags["mlflow.parentRunId"] = self._pipeline(str(header["pipeline"]), header["time"])
+        return self._client.create_run(self._experiment, header["time"], tags, self._name)
+
+    def _pipeline(self, name: str, began: int) -> str:
+        """The run that groups the stages of one DVC experiment."""
+        key, title = files.digest(name.encode()), f"pipeline {name}"
+        tags = {"pipeline": key, "mlflow.source.name": "pipeline"}
+        found = self._find("pipeline", key)
+        found = found or self._client.create_run(self._experiment, began, tags, title)
+        return found.info.run_id
+
+    def _terminate(self, run: Run, status: str, ended: int | None = None) -> None:
+        """Closes a run and its pipeline."""
+        for one in filter(None, (run.info.run_id, run.data.tags.get("mlflow.parentRunId"))):
+            self._client.set_terminated(one, status, ended)
+
+    def _new_lines(self) -> list[bytes]:
+        with self._file.open("rb") as file:
             file.seek(self._position)
-            content = file.read(CHUNK)
-            whole = content[: content.rfind(b"\n") + 1]
-            self._position += len(whole)
-        return [parse(line, self._file) for line in whole.splitlines()]
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._position += len(whole)
+        return whole.splitlines()
 
-    def _send(self, rows: list[dict[str, Any]]) -> None:
-        metrics = []
-        for row in rows:
-            match row:
-                case {"metrics": dict(values), "step": int(step), "time": int(at)}:
-                    metrics += self._new_metrics(values, step, at)
-                case {"tag": str(name), "value": value}:
-                    self._client.set_tag(self._run, _key(name), str(value)[:TAG_LENGTH])
-                case {"dataset": str(), "digest": str(), "source": str(), "context": str()}:
-                    self._log_dataset(**row)
-                case {"artifact": str(name)}:
-                    if path := self._path(name):
-                        folder = str(Path(name).parent)
-                        self._client.log_artifact(
-                            self._run, str(path), None if folder == "." else folder
-                        )
-                case {"model": str(name)}:
-                    if (path := self._path(name)) and not self._has_model:
-                        self._log_model(path)
-                case {"status": "RUNNING" | "FINISHED" | "FAILED" | "KILLED", "time": int(at)}:
-                    self._status, self._ended = row["status"], at
-                case {"run": str()}:
-                    self._log_params(row.get("params") or {})
-                case _:
-                    raise damaged(self._file, f"{str(row)[:60]} is no row of a run")
-        for batch in _batches(metrics, METRICS_PER_BATCH):
-            self._client.log_batch(self._run, batch)
+    def _send(self, row: dict[str, Any]) -> None:
+        match row:
+            case {"metrics": dict(values), "step": int(step), "time": int(at)}:
+                self._add_metrics(values, step, at)
+            case {"tag": str(name), "value": value}:
+                self._client.set_tag(self._run, _key(name), str(value)[:TAG_LENGTH])
+            case {"dataset": str(), "digest": str(), "source": str(), "context": str()}:
+                self._log_dataset(**row)
+            case {"artifact": str(name)}:
+                if path := self._path(name):
+                    self._client.log_artifact(self._run, str(path), os.path.dirname(name) or None)
+            case {"model": str(name)}:
+                if (path := self._path(name)) and not self._has_model:
+                    self._log_model(path)
+            case {"status": "RUNNING" | "FINISHED" | "FAILED" | "KILLED", "time": int(at)}:
+                self._status, self._ended = row["status"], at
+            case {"run": str()}:
+                self._log_params(row.get("params") or {})
+            case _:
+                raise _damaged(self._file, f"{str(row)[:60]} is no row of a run")
 
-    def _new_metrics(self, values: dict[str, Any], step: int, at: int) -> list[Any]:
+    def _end(self) -> None:
+        self._terminate(self._found, self._status, self._ended)
+        if self._missing and self._status == "FINISHED":
+            raise UserError(
+                f"{self._results}: {', '.join(self._missing)}: no such file, so not uploaded; "
+                "`dvc checkout` restores it, or rerun the stage"
+            )
+        self._client.set_tag(self._run, UPLOADED, str(self._file.stat().st_size))
+        self.complete = True
+
+    def _add_metrics(self, values: dict[str, Any], step: int, at: int) -> None:
         from mlflow.entities import Metric
 
-        named = {_key(name): value for name, value in values.items()}
-        new = {name: value for name, value in named.items() if step > self._steps.get(name, -1)}
-        if not all(isinstance(value, int | float) for value in new.values()):
-            raise damaged(self._file, f"{str(new)[:60]} are not numbers")
-        self._steps |= dict.fromkeys(new, step)
-        return [Metric(name, value, at, step) for name, value in new.items()]
+        if len(self._metrics) + len(values) > METRICS_PER_BATCH:
+            self._send_metrics()
+        for name, value in values.items():
+            if not isinstance(value, int | float):
+                raise _damaged(self._file, f"{str(value)[:60]} is no number")
+            name = _key(name)
+            if step > self._steps.get(name, -1):
+                self._steps[name] = step
+                self._metrics.append(Metric(name, value, at, step))
+
+    def _send_metrics(self) -> None:
+        self._client.log_batch(self._run, self._metrics)
+        self._metrics = []
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        flat = {_key(name): str(value) for name, value in flatten(params).items()}
-        new = [Param(name, value) for name, value in flat.items() if name not in self._params]
-        for batch in _batches(new, PARAMS_PER_BATCH):
-            self._client.log_batch(self._run, params=batch)
+        (flat,) = pd.json_normalize(dict(params)).to_dict("records")
+        rows = [Param(_key(str(name)), str(value)) for name, value in flat.items()]
+        for first in range(0, len(rows), PARAMS_PER_BATCH):
+            self._client.log_batch(self._run, params=rows[first : first + PARAMS_PER_BATCH])
 
     def _log_dataset(self, dataset: str, digest: str, source: str, context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        digest = digest[:36]  # MLflow's longest
-        if digest not in self._datasets:
-            data = Dataset(name=dataset, digest=digest, source_type="local", source=source)
-            inputs = [DatasetInput(data, [InputTag("mlflow.data.context", context)])]
-            self._client.log_inputs(self._run, inputs)
-            self._datasets.add(digest)
+        data = Dataset(name=dataset, digest=digest[:36], source_type="local", source=source)
+        used = DatasetInput(data, [InputTag("mlflow.data.context", context)])
+        self._client.log_inputs(self._run, [used])
 
     def _log_model(self, path: Path) -> None:
         """Stores a model such that `mlflow.pyfunc.load_model` and `mlflow models serve` predict."""
         from mlflow import pyfunc
         from mlflow.entities import LoggedModelOutput
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import ColSpec, DataType, Schema
-        from mlflow.types.schema import Array
+        from mlflow.models import Model, infer_signature
 
-        asked = Schema([ColSpec(DataType.binary, "picture")])  # base64 in a request's JSON
-        strings, numbers = Array(DataType.string), Array(DataType.double)
-        answers = Schema([ColSpec(strings, "classes"), ColSpec(numbers, "shares")])
+        asked = pd.DataFrame({"picture": [base64.b64decode(PICTURE)]})  # base64 in a request's JSON
+        answers = pd.DataFrame({"classes": [["cat"]], "shares": [[1.0]]})
         name = re.sub(r"[^\w-]", "-", self._name)
         logged = self._client.create_logged_model(self._experiment, name, self._run)
-        packages = [f"{name}=={found}" for name, found in versions().items() if found != "none"]
         with tempfile.TemporaryDirectory() as folder:
             pyfunc.save_model(
                 f"{folder}/model",
@@ -255,9 +252,9 @@ class Upload:
                 data_path=str(path),
                 code_paths=[str(Path(__file__).parents[1] / name) for name in ("mdeq", "pipeline")],
                 mlflow_model=Model(logged.artifact_location, self._run, model_id=logged.model_id),
-                signature=ModelSignature(asked, answers),
-                input_example=pd.DataFrame({"picture": [base64.b64decode(PICTURE)]}),
-                pip_requirements=packages,
+                signature=infer_signature(asked, answers),
+                input_example=asked,
+                pip_requirements=[f"{name}=={v}" for name, v in versions().items() if v != "none"],
             )
             self._client.log_model_artifacts(logged.model_id, f"{folder}/model")
         self._client.finalize_logged_model(logged.model_id, "READY")
@@ -267,7 +264,7 @@ class Upload:
     def _path(self, name: str) -> Path | None:
         """A file of the results, which a run file of unknown origin must not lead out of."""
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise damaged(self._file, f"{name} lies outside the results")
+            raise _damaged(self._file, f"{name} lies outside the results")
         path = self._results / name
         if path.is_file():
             return path
@@ -275,88 +272,50 @@ class Upload:
         return None
 
 
-def _parent(client: MlflowClient, experiment: str, header: dict[str, Any]) -> str | None:
-    """The run that groups the stages of one DVC experiment; None for a stage run by hand."""
-    name = header.get("pipeline")
-    if not name:
-        return None
-    key = files.digest(str(name).encode())
-    found = _find(client, experiment, "pipeline", key)
-    if found is None:
-        tags = {"pipeline": key, "mlflow.source.name": "pipeline"}
-        found = client.create_run(experiment, header["time"], tags, f"pipeline {name}")
-    return found.info.run_id
+@contextlib.contextmanager
+def connected(machine: Machine) -> Iterator[tuple[MlflowClient, str]]:
+    """A client of the store and the experiment's id; both are made where they are missing.
 
-
-def _find(client: MlflowClient, experiment: str, tag: str, value: str) -> Run | None:
-    """The run with a tag of that value, of letters and digits; also one that its user deleted."""
-    from mlflow.entities import ViewType
-
-    found = client.search_runs([experiment], f"tags.{tag} = '{value}'", ViewType.ALL, 1)
-    return found[0] if found else None
-
-
-def close_killed(machine: Machine, run: str) -> None:
-    """Marks the run with that id, and its pipeline, as killed where the store has them open.
+    Inside, one thread of one process alone makes a store, an experiment or a run.
 
     Raises:
         UserError: The store cannot be reached or used.
     """
-    with explained(machine), _alone(machine):
-        client, experiment = connect(machine)
-        found = _find(client, experiment, "mark", run)
-        parent = found and found.data.tags.get("mlflow.parentRunId")
-        for one in filter(None, (found and found.info.run_id, parent)):
-            info = client.get_run(one).info
-            if (info.status, info.lifecycle_stage) == ("RUNNING", "active"):
-                client.set_terminated(one, "KILLED")
-
-
-def connect(machine: Machine) -> tuple[MlflowClient, str]:
-    """A client of the store and the experiment's id; both are made where they are missing."""
-    prepare(machine)
+    prepare()
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
-    database = _database(machine)
-    if database:
-        _make(database)
-    client = MlflowClient(_address(database) if database else machine.tracking_uri)
-    name = machine.experiment
-    if client.get_experiment_by_name(name) is None:
-        where = (machine.root / "mlartifacts").as_uri() if database else None
-        with contextlib.suppress(MlflowException):  # another machine makes it
+    name, database = machine.experiment, _database(machine)
+    lock = database or machine.root / "work" / "mlflow"
+    lock = lock.with_name(f"{lock.name}.lock")
+    with explained(machine), THREADS, files.locked(lock, "", wait=True):
+        if database:
+            _make(database)
+        client = MlflowClient(_address(machine))
+        if client.get_experiment_by_name(name) is None:
+            where = (machine.root / "mlartifacts").as_uri() if database else None
             made = client.create_experiment(name, where, {"mlflow.note.content": NOTE})
             _save_view(client, made)
-    found = client.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage == "deleted":
-        number = found.experiment_id if found else "ID"
-        raise UserError(
-            f"MLflow's experiment {name!r} was deleted; run `mlflow experiments restore -x "
-            f"{number}`, or set MLFLOW_EXPERIMENT_NAME to another; {LATER}"
-        )
-    return client, found.experiment_id
+        found = client.get_experiment_by_name(name)
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"MLflow's experiment {name!r} was deleted; run `mlflow experiments restore -x "
+                f"{found.experiment_id}`, or set MLFLOW_EXPERIMENT_NAME to another; {LATER}"
+            )
+        yield client, found.experiment_id
 
 
-def prepare(machine: Machine) -> None:
+def prepare() -> None:
     """Imports what an upload uses: a loader process must not be forked during an import."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import mlflow.entities
-    import mlflow.system_metrics.metrics.gpu_monitor
+    import mlflow.store.db.utils
+    import mlflow.store.tracking.sqlalchemy_store
+    import mlflow.system_metrics.system_metrics_monitor
     import mlflow.tracking  # noqa: F401
 
-    if not _is_http(machine):
-        import mlflow.store.db.utils
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
-        mlflow.store.db.utils.MAX_RETRY_COUNT = 2  # instead of 10, which take 100 s
+    mlflow.store.db.utils.MAX_RETRY_COUNT = 2  # instead of 10, which take 100 s
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
-
-
-def _is_http(machine: Machine) -> bool:
-    return str(machine.tracking_uri).startswith(("http://", "https://"))
 
 
 def _database(machine: Machine) -> Path | None:
@@ -367,8 +326,14 @@ def _database(machine: Machine) -> Path | None:
     return Path(unquote(path.removeprefix(prefix).partition("?")[0]))
 
 
-def _address(database: Path) -> str:
-    """A database's address for MLflow, which cannot read one that has `?` or `%` in its path."""
+def _address(machine: Machine) -> str:
+    """The store's address as MLflow reads it."""
+    database = _database(machine)
+    return _sqlite(database) if database else str(machine.tracking_uri)
+
+
+def _sqlite(database: Path) -> str:
+    """MLflow reads no address that has `?` or `%` in its path."""
     special = re.search(r"[?%]", str(database))
     return f"sqlite:///{os.path.relpath(database) if special else database}"
 
@@ -380,42 +345,28 @@ def _make(database: Path) -> None:
     """
     from mlflow import MlflowClient
 
-    if database.is_dir():
-        raise UserError(f"{database}: a folder where MLflow's database should be; move it; {LATER}")
     if not database.exists() or database.stat().st_size == 0:
         fresh = database.with_name(f"{database.name}.new")
         fresh.unlink(missing_ok=True)
-        MlflowClient(_address(fresh)).search_experiments()
+        MlflowClient(_sqlite(fresh)).search_experiments()
         fresh.replace(database)
-    address = f"file:{quote(str(database.absolute()))}?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=20)) as connection:
-        connection.execute("select version_num from alembic_version").fetchone()
-    if not all(os.access(path, os.W_OK) for path in (database, database.parent)):
-        raise PermissionError("Permission denied")
-
-
-@contextlib.contextmanager
-def _alone(machine: Machine) -> Iterator[None]:
-    """One process, and one thread in it, at a time makes a store, an experiment or a run."""
-    database = _database(machine) or machine.root / "work" / "mlflow"
-    with THREADS, files.locked(database.with_name(f"{database.name}.lock"), "", wait=True):
-        yield
+    with database.open("rb"), contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("select version_num from alembic_version")
 
 
 def _save_view(client: MlflowClient, experiment: str) -> None:
-    """Saves the view that `ui` opens: every stage is a row, its name whole, the last one first.
+    """Saves the view that `ui` opens: every stage is a row, the last one first.
 
-    MLflow folds runs below their parents where they are sorted by their start; by their source,
-    which is the same for all, they are rows in the same order.
+    Sorted by their start MLflow would fold runs below their parents; their source is the same.
     """
-    now = time.time_ns() // 1_000_000
     state = {
         "orderByKey": "tags.`mlflow.source.name`",
         "orderByAsc": False,
         "selectedColumns": [f"metrics.`{column}`" for column in COLUMNS],
-        "columnOrder": [RUN_NAME],
-        "columnWidths": {RUN_NAME: 360},
+        "columnOrder": ["attributes.`Run Name`"],
+        "columnWidths": {"attributes.`Run Name`": 360},
     }
+    now = time.time_ns() // 1_000_000
     view = {"name": VIEW, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
     client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
@@ -423,11 +374,7 @@ def _save_view(client: MlflowClient, experiment: str) -> None:
 
 @contextlib.contextmanager
 def explained(machine: Machine) -> Iterator[None]:
-    """Turns whatever a store raises into one line that says what to do.
-
-    Raises:
-        UserError: In place of any error.
-    """
+    """Turns whatever a store raises into a UserError of one line that says what to do."""
     try:
         yield
     except UserError:
@@ -449,105 +396,58 @@ def ui(machine: Machine, port: int) -> int:
     Raises:
         UserError: The port is taken, or the store cannot be reached or used.
     """
-    if not _is_http(machine):
-        _check_port(port)
-    with explained(machine), _alone(machine):
-        client, experiment = connect(machine)
+    with connected(machine) as (client, experiment):
         _save_view(client, experiment)
-    query = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
-    page = f"#/experiments/{experiment}/runs?{query}"
-    if _is_http(machine):
-        parts = urlsplit(str(machine.tracking_uri))
-        host = parts.netloc.rpartition("@")[2]
-        base = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-        print(f"MLflow: {base}/{page}", flush=True)
-        return 0
-    return _serve(machine, port, f"http://127.0.0.1:{port}/{page}")
-
-
-def _check_port(port: int) -> None:
-    with socket.socket() as own:
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            own.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError(f"port {port}: {error.strerror}; choose another with --port") from None
+    view = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
+    page = f"/#/experiments/{experiment}/runs?{view}"
+    parts = urlsplit(str(machine.tracking_uri))
+    if parts.scheme not in ("http", "https"):
+        return _serve(machine, port, page)
+    host = parts.netloc.rpartition("@")[2]
+    print(f"MLflow: {parts.scheme}://{host}{parts.path.rstrip('/')}{page}", flush=True)
+    return 0
 
 
 def _serve(machine: Machine, port: int, page: str) -> int:
-    words = f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1".split()
-    database = _database(machine)
-    address = _address(database) if database else str(machine.tracking_uri)
+    if _answers(port):
+        raise UserError(f"port {port}: another program listens there; choose another with --port")
+    command = [sys.executable, *f"-m mlflow server --host 127.0.0.1 --port {port}".split()]
     # the address may hold a password, and every user of the machine can read arguments
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": address}
-    server = subprocess.Popen(
-        [sys.executable, *words],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": _address(machine)}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    server = subprocess.Popen([*command, "--workers", "1"], env=environment, **quiet)
     try:
-        while server.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                print(f"MLflow: {page}\nCtrl-C ends it", flush=True)
-                return server.wait()
+        while server.poll() is None and not _answers(port):
             time.sleep(0.2)
-        return server.returncode
+        if server.poll() is None:
+            print(f"MLflow: http://127.0.0.1:{port}{page}\nCtrl-C ends it", flush=True)
+        return server.wait()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 
-def load_sensors() -> list[Any]:
-    """MLflow's sensors of the machine's load: CPU, memory, disk, network, GPU."""
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+def _answers(port: int) -> bool:
+    with socket.socket() as own:
+        return own.connect_ex(("127.0.0.1", port)) == 0
 
-    sensors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with contextlib.suppress(ImportError, RuntimeError):  # no GPU, or no package to look at it
-        sensors.append(GPUMonitor())
-    return sensors
+
+def load_sensors() -> list[Any]:
+    """MLflow's sensors of this machine's load: CPU, memory, disk, network, GPUs."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    return SystemMetricsMonitor("", tracking_uri="http://unused").monitors
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The first line of a run file.
-
-    Raises:
-        UserError: There is no file, or it is damaged.
-    """
-    try:
-        with file.open("rb") as lines:
-            header = parse(lines.readline(), file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); rerun its stage") from None
+    """The first line of a run file; UserError if it is damaged."""
+    with file.open("rb") as lines:
+        header = _parse(lines.readline(), file)
     match header:
         case {"run": str(run), "stage": str(), "time": int(), "tags": dict()} if run.isalnum():
             return header
-    raise damaged(file, "its first line is no header")
-
-
-def parse(line: bytes, file: Path) -> dict[str, Any]:
-    """The row in a line of a run file.
-
-    Raises:
-        UserError: It is no JSON object.
-    """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        raise damaged(file, f"{line[:60].decode(errors='replace')!r} is no row")
-    return row
-
-
-def damaged(file: Path, what: str) -> UserError:
-    """The error of a run file that was changed by hand."""
-    cure = "`dvc checkout` restores it, or delete it and rerun its stage"
-    return UserError(f"{file}: damaged: {what}; {cure}")
+    raise _damaged(file, "its first line is no header")
 
 
 def running(file: Path) -> bool:
@@ -560,20 +460,22 @@ def running(file: Path) -> bool:
     return False
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested params under dotted names; lists stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
+def _parse(line: bytes, file: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise _damaged(file, f"{line[:60].decode(errors='replace')!r} is no row")
+    return row
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    cure = "`dvc checkout` restores it, or delete it and rerun its stage"
+    return UserError(f"{file}: damaged: {what}; {cure}")
 
 
 def _key(name: str) -> str:
     """The name as MLflow takes it: of few characters, and like a path that stays in its folder."""
     plain = re.sub(r"[^\w\-. :/]", "_", name)
     return os.path.normpath(f"/{plain}").strip("/")[:250].rstrip("/") or "_"
-
-
-def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
