@@ -60,6 +60,10 @@ class MDEQ(nn.Module):
     Attributes:
         f: The transformation f_theta (Fig. 1), an ordinary module: f(z, x).
         on_backward: Called with the adjoint's solution in each backward pass; see `equilibrium`.
+
+    Raises:
+        ValueError: `backward` is `Reversible`, which evaluates f again on its way back, and f draws a
+            dropout mask per evaluation.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class MDEQ(nn.Module):
         backward: Implicit | Phantom | Reversible = Implicit(),
     ) -> None:
         super().__init__()
+        if isinstance(backward, Reversible) and config.dropout > 0 and not config.variational:
+            raise ValueError("backward: Reversible needs variational dropout: one mask per solve")
         self.config, self.forward_solver, self.backward = config, forward_solver, backward
         self.on_backward: Callable[[Solution], None] | None = None
         width, momentum = config.channels[0], config.batch_norm_momentum

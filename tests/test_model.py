@@ -378,3 +378,9 @@ def test_a_training_step_is_the_published_one(seed, stop, network):
     published = torch.cat([g.flatten() for g in gradients(network)])
     assert F.cosine_similarity(ours, published, dim=0) > 0.9999
     assert abs(ours.norm() / published.norm() - 1) < 0.01
+
+
+def test_the_reversible_rule_refuses_a_mask_per_evaluation() -> None:
+    config = MDEQConfig(channels=(8, 8), dropout=0.3, variational=False)
+    with pytest.raises(ValueError, match="one mask per solve"):
+        MDEQ(config, backward=Reversible())

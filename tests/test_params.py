@@ -21,7 +21,7 @@ from mdeq import Broyden, Gmres, Implicit, MDEQConfig
 from pipeline import params, settings
 from pipeline.errors import UserError
 from pipeline.params import ClassifyParams, check_warm_up
-from pipeline.recipe import Adam, Recipe, WarmStart
+from pipeline.recipe import Adam, Recipe, WarmStart, WarmUp
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("params.yaml", *(f"params/{file.name}" for file in (ROOT / "params").glob("*.yaml")))
@@ -130,7 +130,8 @@ def test_a_section_as_json_gives_the_same_section(workspace: Path) -> None:
 
 
 def test_a_linear_solver_is_for_the_adjoint_alone(workspace: Path) -> None:
-    path = edited(workspace, {f"{SMALL}.backward.solver": {"kind": "gmres", "steps": 3}})
+    adjoint = {"kind": "implicit", "solver": {"kind": "gmres", "steps": 3}}
+    path = edited(workspace, {f"{SMALL}.backward": adjoint})
     assert params.load("classify", "mdeq-small", path).backward == Implicit(Gmres(steps=3))
     (found,) = errors(edited(workspace, {f"{SMALL}.forward": {"kind": "gmres"}}))
     assert "forward.kind: must be one of broyden, anderson, fixed_point, not" in found
@@ -205,7 +206,7 @@ def test_an_error_names_key_value_and_what_is_allowed(
 
 
 def test_errors_of_several_places_are_listed_at_once(workspace: Path) -> None:
-    wrong = {"epochs": "x", "lr": 1, "forward.step": 1, "optimizer.lr": 0, "warm_up.steps": GONE}
+    wrong = {"epochs": "x", "lr": 1, "forward.step": 1, "optimizer.lr": 0, "jacobian.weight": GONE}
     edits = {f"{SMALL}.{key}": value for key, value in wrong.items()}
     edits |= {"evaluate.cifar10.batch": GONE, f"{RESNET}.batch": 0}
     keys = [line.partition(": ")[0] for line in errors(edited(workspace, edits))]
@@ -312,6 +313,7 @@ def test_a_wrong_change_names_the_option(workspace: Path, change: str, line: str
 
 def test_a_warm_up_must_be_shorter_than_its_training() -> None:
     entry = params.load("classify", "mdeq-small", ROOT / "params.yaml")
+    entry = replace(entry, warm_up=WarmUp(layers=3, steps=40), epochs=3, warm_start=None)
     check_warm_up("classify.a", entry, 2560)
     with pytest.raises(UserError, match=r"classify\.a\.warm_up\.steps: must be fewer than the 9"):
         check_warm_up("classify.a", entry, 96)
