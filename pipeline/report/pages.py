@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,13 @@ from markupsafe import Markup
 from pipeline.errors import UserError, escaped
 from pipeline.report.comparison import Record
 
-TEMPLATE, STYLE = "report.md.j2", "style.css"
-TITLE = "Multiscale Deep Equilibrium Models: the paper's numbers and ours"
 KINDS = {".png": "png", ".svg": "svg+xml"}
 
 
 def markdown(record: Record, machine: dict[str, Any], folder: Path) -> str:
-    """The report's text.
+    """The report's text: the record from `build`, and the machine and versions that make it.
 
-    Args:
-        record: From `build`.
-        machine: The machine and versions that make the report.
-        folder: Where the report goes; pictures are looked for in it and in the folders beside it.
+    It goes into `folder`; pictures are looked for there and in the folders beside it.
     """
 
     def picture(alt: str, path: str) -> str:
@@ -37,23 +31,17 @@ def markdown(record: Record, machine: dict[str, Any], folder: Path) -> str:
         paths = [path.relative_to(folder.parent) for path in sorted(folder.parent.glob(pattern))]
         return Markup("\n\n").join(picture(path.parent.as_posix(), f"../{path}") for path in paths)
 
-    known = {
-        "title": TITLE,
-        "machine": ", ".join(f"{name} {value}" for name, value in machine.items()),
-        "picture": picture,
-        "pictures": pictures,
-    }
-    text = _environment().get_template(TEMPLATE).render(record | known)
+    template = _environment().get_template("report.md.j2")
+    text = template.render(record, machine=machine, picture=picture, pictures=pictures)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def readme_table(record: Record) -> str:
     """The report's first table and where it was measured, from the record in results.json.
 
-    Raises:
-        UserError: The record is damaged, or another version's.
+    Raises UserError if the record is damaged, or another version's.
     """
-    template = _environment().get_template(TEMPLATE)
+    template = _environment().get_template("report.md.j2")
     try:
         text = "".join(template.blocks["measured"](template.new_context(record)))
     except (jinja2.TemplateError, TypeError, AttributeError) as error:
@@ -64,34 +52,23 @@ def readme_table(record: Record) -> str:
 
 def page(text: str, folder: Path) -> str:
     """Markdown as one HTML page; the pictures that it names relative to `folder` are inside."""
-    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
-    renderer: Any = parser.renderer
 
-    def image(tokens: list[Any], index: int, *_: Any) -> str:
-        path = folder / unquote(str(tokens[index].attrs["src"]))
+    def inside(source: re.Match[str]) -> str:
+        path = folder / unquote(source[0])
         data = base64.b64encode(path.read_bytes()).decode()
-        alt = html.escape(renderer.renderInlineAsText(tokens[index].children, {}, {}))
-        return f'<img alt="{alt}" src="data:image/{KINDS[path.suffix]};base64,{data}">'
+        return f"data:image/{KINDS[path.suffix]};base64,{data}"
 
-    renderer.rules["image"] = image
-    renderer.rules["table_open"] = lambda *_: '<div class="scroll" tabindex="0"><table>\n'
-    renderer.rules["table_close"] = lambda *_: "</table></div>\n"
-    tokens = parser.parse(text)
+    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    body = re.sub(r'(?<=<img src=")[^"]+', inside, body)
+    body = body.replace("<table>", '<div class="scroll" tabindex="0"><table>')
+    body = body.replace("</table>", "</table></div>")
     links = []
-    for opening, words in zip(tokens, tokens[1:], strict=False):
-        if opening.tag == "h2" and opening.nesting == 1:
-            short = words.content.partition(":")[0]
-            opening.attrSet("id", f"section-{len(links)}")
-            links.append(f'<a href="#section-{len(links)}">{html.escape(short)}</a>')
-    body = renderer.render(tokens, parser.options, {})
-    style = Path(__file__).with_name(STYLE).read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{html.escape(TITLE)}</title>\n'
-        f"<style>\n{style}</style>\n</head>\n<body>\n<nav>{' '.join(links)}</nav>\n"
-        f"<main>\n{body}</main>\n</body>\n</html>\n"
-    )
+    for number, heading in enumerate(re.findall("<h2>(.*?)</h2>", body)):
+        section = f"section-{number}"
+        body = body.replace(f"<h2>{heading}", f'<h2 id="{section}">{heading}', 1)
+        links.append(f'<a href="#{section}">{heading.partition(":")[0]}</a>')
+    template = _environment().get_template("page.html.j2")
+    return template.render(links=Markup(" ".join(links)), body=Markup(body))
 
 
 def plain(value: object) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,15 @@ from pydantic import TypeAdapter
 from pipeline.sets import BY_STAGE, SETS
 
 COLUMNS = {  # that a table must have
-    "history.csv": {"epoch"},
-    "by_steps.csv": {"evaluations", "accuracy", "residual"},
-    "trace.csv": {"solver", "batch", "evaluation", "change", "residual"},
-    "times.csv": {"model", "round", "seconds"},
+    "history.csv": ["seed", "epoch"],
+    "by_steps.csv": ["evaluations", "accuracy", "residual"],
+    "trace.csv": ["solver", "batch", "evaluation", "change", "residual"],
 }
-TEXTS = ("solver", "model")  # columns that hold no numbers
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the report uses of facts.json."""
+    """What the report uses of a stage's facts.json, and of a data set's summary.json."""
 
     device: str = ""
     commit: str = ""
@@ -31,27 +31,18 @@ class Facts:
     source: str = ""
     seeds: list[int] = field(default_factory=list)
     samples: int | None = None
+    images: dict[str, int] = field(default_factory=dict)
     reference: str = ""
-    memory: str = ""
     batch: int | None = None
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What the report uses of a data set's summary.json."""
-
-    source: str
-    images: dict[str, int]
-    manifest: str = ""
-
-
-@dataclass(frozen=True)
 class Result:
-    """The metrics.json, facts.json and tables (by file name) of one instance of a stage."""
+    """The finite numbers of metrics.json, facts.json and the tables of one instance of a stage."""
 
-    metrics: dict[str, float]
-    facts: Facts
-    tables: dict[str, pd.DataFrame]
+    metrics: dict[str, float] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,7 +50,7 @@ class Results:
     """All results by folder, as "classify/mdeq-small"; the data sets; a line per file left out."""
 
     found: dict[str, Result] = field(default_factory=dict)
-    data: dict[str, Summary] = field(default_factory=dict)
+    data: dict[str, Facts] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def under(self, prefix: str) -> dict[str, Result]:
@@ -76,46 +67,48 @@ def read(root: Path) -> Results:
     """Reads what lies below `root`, usually results/."""
     results = Results()
     for name in SETS:
-        summary = _json(results, root / "data" / name / "summary.json", Summary)
-        results.data |= {name: summary} if summary else {}
+        summary = _read(results, root / "data" / name / "summary.json", _facts)
+        if summary:
+            results.data[name] = summary
     folders = [root / "benchmark"]
     for stage in (*BY_STAGE, "evaluate", "convergence"):
-        folders += sorted(path for path in (root / stage).glob("*") if path.is_dir())
+        folders += sorted((root / stage).glob("*"))
     for folder in folders:
-        metrics = _json(results, folder / "metrics.json", dict[str, float]) or {}
-        facts = _json(results, folder / "facts.json", Facts) or Facts()
-        tables = {name: _table(results, folder / name) for name in COLUMNS}
-        kept = {name: table for name, table in tables.items() if table is not None}
-        if metrics or kept:
-            results.found[folder.relative_to(root).as_posix()] = Result(metrics, facts, kept)
+        metrics = _read(results, folder / "metrics.json", _metrics) or {}
+        facts = _read(results, folder / "facts.json", _facts) or Facts()
+        tables = {name: _read(results, folder / name, _table) for name in COLUMNS}
+        tables = {name: table for name, table in tables.items() if table is not None and len(table)}
+        if metrics or tables:
+            results.found[folder.relative_to(root).as_posix()] = Result(metrics, facts, tables)
     return results
 
 
-def _json(results: Results, path: Path, kind: Any) -> Any:
+def _read(results: Results, path: Path, parse: Callable[[Path], Any]) -> Any:
+    """What `parse` makes of a file; None where there is none, or none that can be read."""
     if not path.is_file():
         return None
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        return _left_out(results, path, error)
-
-
-def _table(results: Results, path: Path) -> pd.DataFrame | None:
-    """A table with at least one row; an empty file is how a stage says that there is none."""
-    if not path.is_file() or not path.read_bytes().strip():
+        return parse(path)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        results.problems.append(f"{path}: damaged ({reason})")
         return None
-    try:
-        table = pd.read_csv(path)
-        missing = COLUMNS[path.name] - set(table)
-        if missing:
-            raise ValueError(f"no column {', '.join(sorted(missing))}")
-        numbers = table.columns.difference(TEXTS)
-        table[numbers] = table[numbers].apply(pd.to_numeric).replace([np.inf, -np.inf], np.nan)
-    except (OSError, ValueError, TypeError) as error:
-        return _left_out(results, path, error)
-    return table if len(table) else None
 
 
-def _left_out(results: Results, path: Path, error: Exception) -> None:
-    reason = "; ".join(str(error).splitlines()[:3])
-    results.problems.append(f"{path}: damaged ({reason[:120]})")
+def _facts(path: Path) -> Facts:
+    facts = TypeAdapter(Facts).validate_json(path.read_bytes())
+    short = facts.commit[:7] + "+" * facts.commit.endswith("+")  # the mark of a changed checkout
+    return replace(facts, commit=short)
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    metrics = TypeAdapter(dict[str, float]).validate_json(path.read_bytes())
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _table(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    table[COLUMNS[path.name]]  # a KeyError names those that are missing
+    numbers = table.columns.difference(["solver"])
+    table[numbers] = table[numbers].apply(pd.to_numeric).replace([np.inf, -np.inf], np.nan)
+    return table
