@@ -13,6 +13,7 @@ from torch.autograd import grad
 from torch.nn.parallel import DistributedDataParallel
 
 from mdeq import (
+    MDEQ,
     Anderson,
     Broyden,
     ClassificationHeadConfig,
