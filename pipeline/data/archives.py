@@ -14,71 +14,67 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.data.manifest import fault
-from pipeline.files import read_json, write_json
 
 MEMBER = 64 * 2**20  # bytes of an archive's file at most; a batch of CIFAR-10 has 31 million
-RATIO = 20  # the official archives hold pictures, which do not shrink
-NOTE = ".unpacked.json"
+RATIO = 20  # of a zip's content to its size; the official ones hold pictures, which do not shrink
+NOTE = ".unpacked"
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 
 
 def unpack(archive: Path, target: Path, fill: Callable[[Path, Path], None]) -> None:
-    """Makes the folder `target` from `archive`, unless it was made from this very archive.
+    """Makes the folder `target` from `archive`, if there is such an archive and no such folder.
 
     Args:
-        archive: Nothing is done where there is none.
+        archive: The file.
         target: Appears when it is whole.
         fill: Called with the archive and an empty folder to unpack into.
 
     Raises:
-        UserError: The archive is damaged, or `target` was made from another one and changed since.
+        UserError: The archive is damaged, or `target` was made from another one.
     """
-    partial = fresh(target)
-    if not archive.is_file() or not _is_due(archive, target):
+    if not archive.is_file():
+        return
+    made_from = f"{archive.name} of {archive.stat().st_size} bytes"
+    note = target / NOTE
+    if note.is_file() and note.read_text(errors="replace") != made_from:
+        reason = f"was unpacked from another {archive.name}; delete {target} to unpack this one"
+        raise fault(target, reason)
+    if target.exists():
         return
     try:
-        partial.mkdir()
-        fill(archive, partial)
-        write_json(partial / NOTE, {"archive": _stamp(archive), "files": _count(partial)})
-        replace(target)
+        with made_whole(target) as partial:
+            fill(archive, partial)
+            (partial / NOTE).write_text(made_from)
     except DAMAGED as error:
         raise fault(archive, f"cannot be unpacked ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def fresh(folder: Path) -> Path:
-    """Where the next content of `folder` is made; what a killed process left is removed."""
-    partial, old = _beside(folder)
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Removes `folder`, and yields an empty one that takes its place if the block ends well.
+
+    A kill leaves the folder missing, never half made, and what it leaves is removed next time.
+    """
+    partial = folder.with_name(f".{folder.name}.mdeq-partial")
     shutil.rmtree(partial, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    return partial
-
-
-def replace(folder: Path) -> None:
-    """Puts what was made at `fresh(folder)` in its place; a kill leaves it missing, never mixed."""
-    partial, old = _beside(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(folder: Path) -> tuple[Path, Path]:
-    """Names that nobody else uses, for what is made and what is replaced."""
-    partial, old = (f".{folder.name}.mdeq-{kind}" for kind in ("partial", "old"))
-    return folder.with_name(partial), folder.with_name(old)
+        folder.rename(partial)
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def tarred(
     archive: Path, pattern: str, content: IO[bytes] | None = None
 ) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields (name, open file) of the files in a tar.
+    """Yields (name, open file) of the files in a tar, which may be compressed by gzip.
 
     Args:
-        archive: The tar, which may be compressed by gzip.
+        archive: The tar.
         pattern: Matches every name.
         content: An open tar inside of `archive`, to read instead.
 
@@ -86,7 +82,6 @@ def tarred(
         UserError: It holds what the official archive does not.
         tarfile.TarError, OSError, EOFError: It is damaged.
     """
-    check = _Check(archive, pattern)
     with contextlib.ExitStack() as stack:
         if content is None:
             opener: Callable[..., Any] = gzip.open if archive.suffix == ".gz" else open
@@ -95,7 +90,8 @@ def tarred(
         for member in tar:
             if member.isdir():
                 continue
-            check(member.name, member.size, plain=member.isreg() and not member.issparse())
+            is_plain = member.isreg() and not member.issparse()
+            _check(archive, pattern, member.name, member.size, is_plain=is_plain)
             file = tar.extractfile(member)
             assert file is not None, "a regular file"
             yield member.name, file
@@ -106,32 +102,24 @@ def tarred(
 
 def zipped(archive: Path, pattern: str) -> Iterator[tuple[str, IO[bytes]]]:
     """`tarred`, of a zip."""
-    check = _Check(archive, pattern)
     with zipfile.ZipFile(archive) as whole:
-        for member in whole.infolist():
-            if member.is_dir():
-                continue
+        members = [member for member in whole.infolist() if not member.is_dir()]
+        if sum(member.file_size for member in members) > RATIO * archive.stat().st_size + MEMBER:
+            raise fault(archive, "unpacks to far more than the official archive")
+        for member in members:
             kind = member.external_attr >> 28  # of a Unix file: 8 is regular, 0 is not said
-            check(member.filename, member.file_size, plain=kind in (0, 8))
+            _check(archive, pattern, member.filename, member.file_size, is_plain=kind in (0, 8))
             with whole.open(member) as file:
                 yield member.filename, file
 
 
-class _Check:
+def _check(archive: Path, pattern: str, name: str, size: int, *, is_plain: bool) -> None:
     """Refuses links, devices, other names and bombs."""
-
-    def __init__(self, archive: Path, pattern: str) -> None:
-        self.archive = archive
-        self.pattern = re.compile(pattern)
-        self.left = RATIO * archive.stat().st_size + MEMBER
-
-    def __call__(self, name: str, size: int, *, plain: bool) -> None:
-        self.left -= size
-        if not plain or not self.pattern.fullmatch(name):
-            raise fault(self.archive, f"holds {name!r}, which the official archive does not")
-        if self.left < 0 or (size > MEMBER and not name.endswith(".tar")):
-            reason = f"holds {name!r} of {size:,} bytes, far more than the official archive"
-            raise fault(self.archive, reason)
+    if not is_plain or not re.fullmatch(pattern, name):
+        raise fault(archive, f"holds {name!r}, which the official archive does not")
+    if size > MEMBER and not name.endswith(".tar"):
+        reason = f"holds {name!r} of {size:,} bytes, far more than the official archive"
+        raise fault(archive, reason)
 
 
 class _Pieces:
@@ -145,27 +133,3 @@ class _Pieces:
         if size > MEMBER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self._read(size)
-
-
-def _is_due(archive: Path, target: Path) -> bool:
-    if not target.exists():
-        return True
-    note = target / NOTE
-    if not note.is_file():
-        return False  # the user's own folder
-    cure = f"delete {target} to unpack {archive.name} again"
-    made = read_json(note, cure)
-    if made.get("archive") == _stamp(archive):
-        return False
-    if made.get("files") != _count(target):
-        raise fault(target, f"was unpacked from another {archive.name} and has changed; {cure}")
-    return True
-
-
-def _stamp(archive: Path) -> list[int]:
-    status = archive.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _count(folder: Path) -> int:
-    return sum(path.is_file() for path in folder.rglob("*") if path.name != NOTE)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.archives import tarred, unpack
-from pipeline.data.manifest import Found, Manifest, Row, fault, read_file, totals
+from pipeline.data.manifest import Row, fault, read_columns, read_file
 from pipeline.files import digest
 
 FOLDER = "cifar-10-batches-py"
@@ -82,57 +83,53 @@ def read_split(root: Path, manifest: Path | None, split: str) -> tuple[np.ndarra
         UserError: A batch is missing or damaged, or is not that of the manifest.
     """
     if manifest is None:
-        batches = [(found.files[0], None) for found in find(root) if found.split == split]
+        batches = [(f"{FOLDER}/{name}", None) for name, own in BATCHES.items() if own == split]
     else:
-        rows = Manifest.read(manifest).split(split)
-        batches = list(zip(rows["path"], rows["digest"], strict=True))
+        batches = list(zip(*read_columns(manifest, split, "path", "digest"), strict=True))
     parts = [images_and_labels(read_file(root / path, own), root / path) for path, own in batches]
     images, labels = zip(*parts, strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
 
-# ---- what the prepare stage asks of every set, see `pipeline.stages.prepare.Format`
+# ---- what the prepare stage asks of every set
 
 
-def find(root: Path) -> list[Found]:
+def find(root: Path) -> list[tuple[str, ...]]:
     """The six batch files, each with the file of the class names."""
     if not (root / FOLDER).is_dir():
-        raise fault(
-            root / FOLDER,
-            f"no such folder; put it or {ARCHIVE} into {root}, "
-            "or set prepare.cifar10.source to download or generated",
-        )
+        cure = "or set prepare.cifar10.source to download or generated"
+        raise fault(root / FOLDER, f"no such folder; put it or {ARCHIVE} into {root}, {cure}")
     for name in (*BATCHES, "batches.meta"):
         if not (root / FOLDER / name).exists():
             reason = f"no such file; put the whole {FOLDER} or {ARCHIVE} in its place"
             raise fault(root / FOLDER / name, reason)
-    return [Found(split, (f"{FOLDER}/{name}", META)) for name, split in BATCHES.items()]
+    return [(f"{FOLDER}/{name}", META) for name in BATCHES]
 
 
-def inspect(root: Path, found: Found) -> Row:
+def inspect(root: Path, files: tuple[str, ...]) -> Row:
     """The row of a batch file: its images, and how many of each class."""
-    path = found.files[0]
+    path = files[0]
     content = read_file(root / path)
     images, labels = images_and_labels(content, root / path)
-    row: Row = {"path": path, "split": found.split, "images": len(images)}
+    row: Row = {"path": path, "split": BATCHES[Path(path).name], "images": len(images)}
     row |= {name: int((labels == label).sum()) for label, name in enumerate(CLASSES)}
     return row | {"bytes": len(content), "digest": digest(content)}
 
 
-def check(root: Path, rows: list[Row]) -> None:
+def tally(row: Row) -> dict[str, int]:
+    """The number of images of each class in a row."""
+    return {name: int(row[name]) for name in CLASSES}
+
+
+def check(root: Path, counts: dict[str, Counter[str]]) -> None:
     """The classes have their names, and each split has every class."""
     names = read_batch(read_file(root / META), root / META).get(b"label_names")
     if names != [name.encode() for name in CLASSES]:
         raise fault(root / META, "label_names are not CIFAR-10's ten classes")
-    for split, classes in counts(rows).items():
+    for split, classes in counts.items():
         for name, count in classes.items():
             if not count:
                 raise fault(root / FOLDER, f"the {split} batches hold no image of the class {name}")
-
-
-def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
-    """The number of images of each split and class."""
-    return totals(rows, CLASSES)
 
 
 def unpack_archives(root: Path) -> None:
@@ -160,17 +157,14 @@ def download(root: Path) -> None:
         (root / partial).rename(root / ARCHIVE)
     except (OSError, RuntimeError) as error:
         (root / partial).unlink(missing_ok=True)
-        raise fault(
-            root,
-            f"CIFAR-10 could not be downloaded ({error}); fetch {ARCHIVE} from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html by hand and put it there",
-        ) from None
+        cure = f"fetch {ARCHIVE} from https://www.cs.toronto.edu/~kriz/cifar.html by hand"
+        reason = f"CIFAR-10 could not be downloaded ({error}); {cure} and put it there"
+        raise fault(root, reason) from None
 
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
     """(class, its first `each` training pictures as (32, 32, 3) RGB) for the contact sheet."""
-    path = str(next(row["path"] for row in rows if row["split"] == "train"))
-    images, labels = images_and_labels(read_file(root / path), root / path)
-    chosen = [np.flatnonzero(labels == label)[:each] for label in range(len(CLASSES))]
+    path = root / str(rows[0]["path"])
+    images, labels = images_and_labels(read_file(path), path)
     pictures = images.transpose(0, 2, 3, 1)
-    return [(name, list(pictures[own])) for name, own in zip(CLASSES, chosen, strict=True)]
+    return [(name, list(pictures[labels == i][:each])) for i, name in enumerate(CLASSES)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
+from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
 from cityscapesscripts.helpers.labels import Label, labels
 
 from pipeline.data.archives import unpack, zipped
-from pipeline.data.manifest import Found, Manifest, Row, fault, files, folders, read_file, totals
+from pipeline.data.manifest import Row, fault, files, folders, read_columns, read_file
 from pipeline.data.pictures import opened, picture_size, read_picture
 from pipeline.files import digest, write
 from pipeline.progress import track
@@ -18,6 +22,7 @@ from pipeline.progress import track
 SPLITS = ("train", "val")
 IMAGES, LABELS = "leftImg8bit", "gtFine"
 IMAGE_END, LABEL_END = "_leftImg8bit.png", "_gtFine_labelIds.png"
+PREDICTION_END = "_pred_labelIds.png"
 ARCHIVES = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_trainvaltest.zip"}
 IGNORE = 255
 UNKNOWN = 254
@@ -83,34 +88,29 @@ def read_label(root: Path, path: str, content: bytes) -> np.ndarray:
         ids = np.array(image)
     target = np.take(train_ids(), ids)
     if (target == UNKNOWN).any():
-        raise fault(
-            root / path, f"label id {ids[target == UNKNOWN][0]} is none of Cityscapes' label ids"
-        )
+        unknown = ids[target == UNKNOWN][0]
+        raise fault(root / path, f"label id {unknown} is none of Cityscapes' label ids")
     return target
 
 
-# ---- what the prepare stage asks of every set, see `pipeline.stages.prepare.Format`
+# ---- what the prepare stage asks of every set
 
 
-def find(root: Path) -> list[Found]:
+def find(root: Path) -> list[tuple[str, ...]]:
     """Every pair (image, label) of the tree."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for split in SPLITS:
         pictures = _stems(root, IMAGES, split, IMAGE_END)
         truths = _stems(root, LABELS, split, LABEL_END)
-        paths = {
-            stem: (f"{IMAGES}/{split}/{stem}{IMAGE_END}", f"{LABELS}/{split}/{stem}{LABEL_END}")
-            for stem in pictures | truths
-        }
-        for stem in sorted(pictures ^ truths):
-            lacking = paths[stem][stem in pictures]
-            raise fault(root / lacking, "no such file, but its partner is there")
-        if not paths:
-            raise fault(
-                root / IMAGES / split,
-                f"no city folder with *{IMAGE_END} in it; put {SOURCE} into {root}",
-            )
-        found += [Found(split, paths[stem]) for stem in sorted(paths)]
+        for stem in sorted(pictures | truths):
+            pair = f"{IMAGES}/{split}/{stem}{IMAGE_END}", f"{LABELS}/{split}/{stem}{LABEL_END}"
+            for path, there in zip(pair, (pictures, truths), strict=True):
+                if stem not in there:
+                    raise fault(root / path, "no such file, but its partner is there")
+            found.append(pair)
+        if not pictures:
+            reason = f"no city folder with *{IMAGE_END} in it; put {SOURCE} into {root}"
+            raise fault(root / IMAGES / split, reason)
     return found
 
 
@@ -119,17 +119,13 @@ def _stems(root: Path, kind: str, split: str, end: str) -> set[str]:
     folder = root / kind / split
     if not folder.is_dir():
         raise fault(folder, f"no such folder; put {SOURCE} into {root}")
-    return {
-        f"{city}/{name.removesuffix(end)}"
-        for city in folders(folder)
-        for name in files(folder / city)
-        if name.endswith(end)
-    }
+    paths = (f"{city}/{name}" for city in folders(folder) for name in files(folder / city))
+    return {path.removesuffix(end) for path in paths if path.endswith(end)}
 
 
-def inspect(root: Path, found: Found) -> Row:
+def inspect(root: Path, paths: tuple[str, ...]) -> Row:
     """The row of a pair, which is decoded, with the pixels of each class and of those ignored."""
-    path, label_path = found.files
+    path, label_path = paths
     content, label_content = read_file(root / path), read_file(root / label_path)
     width, height = picture_size(content, root / path)
     label = read_label(root, label_path, label_content)
@@ -137,32 +133,25 @@ def inspect(root: Path, found: Found) -> Row:
         own = f"{label.shape[1]} x {label.shape[0]} pixels"
         raise fault(root / label_path, f"{own}, but its image has {width} x {height}")
     pixels = np.bincount(label.ravel(), minlength=256)
-    row: Row = {
-        "path": path,
-        "label_path": label_path,
-        "split": found.split,
-        "width": width,
-        "height": height,
-    }
+    row: Row = {"path": path, "label_path": label_path, "split": path.split("/")[1]}
+    row |= {"width": width, "height": height}
     row |= {"bytes": len(content), "label_bytes": len(label_content)}
-    row |= {name: int(pixels[i]) for i, name in enumerate(class_names())} | {
-        "ignored": int(pixels[IGNORE])
-    }
+    row |= {name: int(pixels[i]) for i, name in enumerate(class_names())}
+    row |= {"ignored": int(pixels[IGNORE])}
     return row | {"digest": digest(content), "label_digest": digest(label_content)}
 
 
-def check(root: Path, rows: list[Row]) -> None:
+def tally(row: Row) -> dict[str, int]:
+    """The number of pixels of each class in a row, and of those ignored."""
+    return {name: int(row[name]) for name in (*class_names(), "ignored")}
+
+
+def check(root: Path, counts: dict[str, Counter[str]]) -> None:
     """No split is void throughout."""
-    for split, pixels in totals(rows, class_names()).items():
-        if not any(pixels.values()):
-            raise fault(
-                root / LABELS / split, "no pixel of any of the 19 classes in the whole split"
-            )
-
-
-def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
-    """The number of pixels of each split and class, and of those ignored."""
-    return totals(rows, (*class_names(), "ignored"))
+    for split, pixels in counts.items():
+        if pixels.total() == pixels["ignored"]:
+            reason = "no pixel of any of the 19 classes in the whole split"
+            raise fault(root / LABELS / split, reason)
 
 
 def unpack_archives(root: Path) -> None:
@@ -183,10 +172,9 @@ def _unpack(archive: Path, folder: Path) -> None:
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
     """(city, [image, image with labels]) of `2 * each` training scenes, spread over the split."""
     train = [row for row in rows if row["split"] == "train"]
-    chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, 2 * each).astype(int))]
     pictures = []
-    for row in chosen:
-        path, label_path = str(row["path"]), str(row["label_path"])
+    for i in np.unique(np.linspace(0, len(train) - 1, 2 * each).astype(int)):
+        path, label_path = str(train[i]["path"]), str(train[i]["label_path"])
         image = read_picture(root / path)
         label = read_label(root, label_path, read_file(root / label_path))
         pictures.append((path.split("/")[2], [image, overlay(image, label)]))
@@ -202,10 +190,9 @@ def resized(
     """Resizes an image (linearly at any scale, as the authors' code) and its labels (nearest)."""
     if image.shape[:2] == (height, width):
         return image, label
-    return (
-        cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR),
-        cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST),
-    )
+    size = (width, height)
+    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return image, cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
 
 
 def augmented(
@@ -213,10 +200,8 @@ def augmented(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scales by 0.5, 0.6, ... 2.1, cuts `crop` (h, w) at random, flips or not."""
     scale = 0.5 + 0.1 * int(rng.integers(0, 17))
-    image, label = resized(
-        image, label, round(image.shape[0] * scale), round(image.shape[1] * scale)
-    )
-    image, label = cut(image, label, crop, rng)
+    height, width = (round(side * scale) for side in label.shape)
+    image, label = cut(*resized(image, label, height, width), crop, rng)
     return (image[:, ::-1], label[:, ::-1]) if rng.integers(2) else (image, label)
 
 
@@ -230,16 +215,15 @@ def cut(
     image = image[top : top + height, left : left + width]
     label = label[top : top + height, left : left + width]
     below, beside = (0, height - label.shape[0]), (0, width - label.shape[1])
-    return np.pad(image, (below, beside, (0, 0))), np.pad(
-        label, (below, beside), constant_values=IGNORE
-    )
+    label = np.pad(label, (below, beside), constant_values=IGNORE)
+    return np.pad(image, (below, beside, (0, 0))), label
 
 
-class Cityscapes:
+class Split:
     """The samples of a split: images (H, W, 3) uint8 and train ids (H, W) uint8.
 
-    With `crop` (h, w) a sample is a random crop of that size, scaled and flipped if `augment`;
-    without, the whole picture, resized to `test_size` (h, w) where given.
+    A training sample is a random crop of `params["crop"]` (h, w), scaled and flipped if `augment`;
+    one for evaluation is the whole picture, resized to `params["test_size"]` (h, w) if given.
 
     Attributes:
         frames: The path, width and height of each photo, for `write_prediction`.
@@ -248,24 +232,16 @@ class Cityscapes:
     names = class_names()
 
     def __init__(
-        self,
-        root: Path,
-        manifest: Path,
-        split: str,
-        *,
-        crop: tuple[int, int] | None = None,
-        test_size: tuple[int, int] | None = None,
-        augment: bool = False,
-        limit: int | None = None,
+        self, root: Path, manifest: Path, split: str, params: dict[str, Any], augment: bool = False
     ) -> None:
-        """Opens a split (train or val), or `limit` of its pairs."""
-        self.root, self.crop, self.test_size, self.augment = root, crop, test_size, augment
-        rows = Manifest.read(manifest).split(split, limit)
-        self.files = list(
-            zip(rows["path"], rows["digest"], rows["label_path"], rows["label_digest"], strict=True)
-        )
-        widths, heights = (map(int, rows[name]) for name in ("width", "height"))
-        self.frames = tuple(zip(rows["path"], widths, heights, strict=True))
+        """Opens a split (train or val)."""
+        self.root, self.augment = root, augment
+        self.crop = params["crop"] if split == "train" else None
+        self.test_size = params.get("test_size")
+        columns = ("path", "digest", "label_path", "label_digest", "width", "height")
+        *paths, widths, heights = read_columns(manifest, split, *columns)
+        self.files = list(zip(*paths, strict=True))
+        self.frames = list(zip(paths[0], map(int, widths), map(int, heights), strict=True))
 
     def __len__(self) -> int:
         """The number of pairs."""
@@ -285,12 +261,41 @@ class Cityscapes:
         return (augmented if self.augment else cut)(image, label, self.crop, rng)
 
 
-# ---- for the official evaluation
+# ---- the official evaluation
 
 
 def write_prediction(folder: Path, frame: tuple[str, int, int], prediction: np.ndarray) -> None:
     """Writes train ids (H, W) as the benchmark wants them: as label ids, of the photo's size."""
     path, width, height = frame
     ids = cv2.resize(label_ids()[prediction], (width, height), interpolation=cv2.INTER_NEAREST)
-    name = f"{Path(path).name.removesuffix(IMAGE_END)}_pred_labelIds.png"
+    name = Path(path).name.removesuffix(IMAGE_END) + PREDICTION_END
     write(folder / name, cv2.imencode(".png", ids)[1].tobytes())
+
+
+def official_evaluation(predictions: Path, truths: Path) -> dict[str, Any]:
+    """The scores of csEvalPixelLevelSemanticLabeling, which needs a NumPy older than 2.4 by itself.
+
+    Args:
+        predictions: The folder that `write_prediction` wrote to.
+        truths: The ground truth of a split, as gtFine/val, with labelIds and instanceIds.
+
+    Returns:
+        Fractions, among them `averageScoreClasses` (mIoU) and `classScores` (each class's IoU).
+
+    Raises:
+        UserError: A picture is missing, or the tool stops for another reason.
+    """
+    pairs = []
+    for path in sorted(truths.glob(f"*/*{LABEL_END}")):
+        own = predictions / (path.name.removesuffix(LABEL_END) + PREDICTION_END)
+        if not own.is_file():
+            raise fault(own, "no such prediction; evaluate the whole split (limit: null)")
+        pairs.append((str(own), str(path)))
+    if not pairs:
+        raise fault(truths, f"no city folder with *{LABEL_END} in it")
+    quiet = patch.multiple(official.args, JSONOutput=False, quiet=True, evalInstLevelScore=True)
+    with patch.object(np, "in1d", np.isin, create=True), quiet:
+        try:
+            return official.evaluateImgLists(*zip(*pairs, strict=True), official.args)
+        except SystemExit:  # it has said why
+            raise fault(truths, "the official tool stopped; its reason stands above") from None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,9 +17,6 @@ from cityscapesscripts.helpers.labels import name2label
 
 Array = np.ndarray
 Rng = np.random.Generator
-Thing = tuple[
-    float, Callable[..., None], tuple[Any, ...]
-]  # how far off, what draws it, and of what
 TEXT = Path(__file__).with_name("drawings.txt")
 FINE = 2  # pictures are drawn this many times larger, then shrunk
 ANGLES = np.linspace(0, 2 * np.pi, 24, endpoint=False)
@@ -30,8 +26,7 @@ CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
 # ---- drawings.txt
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """An outline (N, 2) to fill or, if `line` is not 0, a line that thick."""
 
     label: str
@@ -97,19 +92,15 @@ class Canvas:
     def put(self, points: Array, colour: Array, label: int | None = None, line: float = 0) -> None:
         """Fills an outline (N, 2) in pixels, or draws a line that thick; None keeps the label."""
         outline = [(points * 8).round().clip(-(2**18), 2**18).astype(np.int32)]
-        for layer, value in ((self.colours, colour.clip(0, 255).tolist()), (self.ids, label)):
-            if value is None:
-                continue
+        layers: list[tuple[Array, Any]] = [(self.colours, colour.clip(0, 255).tolist())]
+        if label is not None:
+            layers.append((self.ids, label))
+        for layer, value in layers:
             if line:
                 thickness = max(1, round(line))
                 cv2.polylines(layer, outline, False, value, thickness, cv2.LINE_8, 3)
             else:
                 cv2.fillPoly(layer, outline, value, cv2.LINE_8, 3)
-
-    def choose(self, paint: str) -> Array:
-        """A colour near one of a paint's."""
-        colours = PAINTS[paint]
-        return colours[self.rng.integers(len(colours))] + self.rng.normal(0, 8, 3)
 
     def seen(self) -> Array:
         """The picture (H, W, 3) uint8 under light that varies, with the sensor's noise."""
@@ -125,12 +116,9 @@ class Canvas:
 
 
 def photo(rng: Rng, kind: str, height: int, width: int) -> Array:
-    """A picture (height, width, 3), RGB uint8, of an object of `kind`.
-
-    It is dark on a light ground, or light on a dark one.
-    """
+    """A picture (height, width, 3) RGB uint8 of an object: dark on a light ground, or reversed."""
     canvas = Canvas(rng, height, width)
-    short = min(canvas.height, canvas.width)
+    size = np.array([canvas.width, canvas.height])
     pale, strong = ((0.05, 0.75), (0.3, 1.0)), ((0.4, 0.2), (0.9, 0.6))
     ground, thing = (pale, strong) if rng.random() < 0.5 else (strong, pale)
     far, near = _colour(rng, ground), _colour(rng, ground)
@@ -138,19 +126,19 @@ def photo(rng: Rng, kind: str, height: int, width: int) -> Array:
     canvas.colours[int(canvas.height * rng.uniform(0.5, 0.9)) :] = near
     for _ in range(rng.integers(0, 3)):  # out of focus
         spot = CIRCLE * rng.uniform(0.03, 0.14, 2) + rng.uniform(0, 1, 2)
-        canvas.put(spot * (canvas.width, canvas.height), _colour(rng, ground))
-    canvas.colours[:] = cv2.GaussianBlur(canvas.colours, (0, 0), short / 60)
+        canvas.put(spot * size, _colour(rng, ground))
+    canvas.colours[:] = cv2.GaussianBlur(canvas.colours, (0, 0), min(size) / 60)
     coats = [_colour(rng, thing) for _ in range(5)]
     coat = max(coats, key=lambda own: min(np.abs(own - far).sum(), np.abs(own - near).sum()))
     paints = {"coat": coat, "second": _colour(rng, thing), "far": coat * 0.65, "dark": coat * 0.15}
     paints["glass"] = np.full(3, 235.0)
-    size = short / 2 * rng.uniform(0.7, 0.9)
-    centre = np.array([canvas.width, canvas.height]) / 2 * rng.uniform(0.75, 1.25, 2)
+    scale = min(size) / 2 * rng.uniform(0.7, 0.9)
+    centre = size / 2 * rng.uniform(0.75, 1.25, 2)
     turn, side = rng.uniform(-0.15, 0.15), rng.choice((-1, 1))
     right, down = np.array([np.cos(turn), np.sin(turn)]), (-np.sin(turn), np.cos(turn))
-    frame = size * np.array([side * right, down])
+    frame = scale * np.array([side * right, down])
     for part in DRAWINGS[kind]:
-        canvas.put(part.points @ frame + centre, paints[part.paint], line=part.line * size)
+        canvas.put(part.points @ frame + centre, paints[part.paint], line=part.line * scale)
     return canvas.seen()
 
 
@@ -162,12 +150,11 @@ def _colour(rng: Rng, ranges: tuple[tuple[float, float], tuple[float, float]]) -
 
 # ---- streets
 
-IDS = {name: label.id for name, label in name2label.items()}
-COUNTED = {label.id for label in name2label.values() if label.hasInstances}
 VEHICLES = {"tram": (0.45,), "truck end": (0.5,), "bus": (0.45,), "car": (0.6, 0.6, 0.5)}
 WHEELS = ("cyclist", "bicycle", "motorcycle", "motorcyclist")
 POLES = ("sign", "triangle", "light", "lamp", "sign", "light", "bin")
 FAR = 60.0  # metres
+Thing = tuple[float, Callable[..., None], tuple[Any, ...]]  # how far, what draws it, and of what
 
 
 def street(rng: Rng, height: int, width: int) -> tuple[Array, Array]:
@@ -197,14 +184,28 @@ class Street(Canvas):
         self.edges = np.cumsum(rng.uniform((3.6, 0.0, 2.0, 1.0), (5.0, 1.5, 3.2, 3.0)))
         self.instances = 0
 
+    def choose(self, paint: str) -> Array:
+        """A colour near one of a paint's."""
+        colours = PAINTS[paint]
+        return colours[self.rng.integers(len(colours))] + self.rng.normal(0, 8, 3)
+
     def area(
-        self, label: str | None, colour: Array, x: Any, y: Any, z: Any, line: float = 0
+        self,
+        label: str | None,
+        colour: Array,
+        x: Any,
+        y: Any,
+        z: Any,
+        line: float = 0,
+        instance: int = 0,
     ) -> None:
         """Fills an outline of points x metres to the right, y up, z ahead, or draws a line."""
         x, y, z = np.broadcast_arrays(x, y, z)
         scale = self.focal / z
         pixels = np.stack([self.middle + scale * x, self.horizon + scale * (self.eye - y)], -1)
-        self.put(pixels, colour, None if label is None else IDS[label], line * scale.max())
+        known = name2label.get(label)
+        number = known and (known.id * 1000 + instance if known.hasInstances else known.id)
+        self.put(pixels, colour, number, line * scale.max())
 
     def panel(self, label: str, colour: Array, x: Any, top: float, z: Any) -> None:
         """An upright rectangle on the ground from (x[0], z[0]) to (x[1], z[1])."""
@@ -216,27 +217,24 @@ class Street(Canvas):
         self.instances += 1
         paints: dict[str, Array] = {}
         across = size * self.rng.choice((-1, 1))
-        scale = self.focal / z
         for part in DRAWINGS[name]:
             colour = paints.setdefault(part.paint, self.choose(part.paint))
-            label = IDS[part.label]
-            label = label * 1000 + self.instances if label in COUNTED else label
-            u = self.middle + scale * (x + across * part.points[:, 0])
-            v = self.horizon + scale * (self.eye - size * part.points[:, 1])
-            self.put(np.stack([u, v], 1), colour, label, part.line * size * scale)
+            right, up = x + across * part.points[:, 0], size * part.points[:, 1]
+            self.area(part.label, colour, right, up, z, part.line * size, self.instances)
 
     def backdrop(self) -> None:
         """Sky, a skyline of trees and houses, and the ground."""
         low = int(self.horizon) + 1
         ramp = np.linspace(0.8, 1.15, low)[:, None, None]
-        self.colours[:low], self.ids[:low] = (self.choose("sky") * ramp).clip(0, 255), IDS["sky"]
+        self.colours[:low] = (self.choose("sky") * ramp).clip(0, 255)
+        self.ids[:low] = name2label["sky"].id
         for x in np.arange(-FAR, FAR, 7.0):
             if self.rng.random() < 0.5:
                 self.leaves(x, 1.5, FAR, 5.0)
             else:
                 top = self.rng.uniform(3, 9)
                 self.panel("building", self.choose("brick"), (x, x + 8), top, (FAR, FAR))
-        self.colours[low:], self.ids[low:] = self.choose("grass"), IDS["terrain"]
+        self.colours[low:], self.ids[low:] = self.choose("grass"), name2label["terrain"].id
         asphalt, white = self.choose("asphalt"), self.choose("white")
         colours = (asphalt, asphalt * 1.2, self.choose("paving"))
         strips = zip(("road", "parking", "sidewalk"), self.edges, colours, strict=False)
@@ -257,7 +255,6 @@ class Street(Canvas):
                 z = end
 
     def house(self, x: float, near: float, far: float) -> None:
-        """With windows."""
         brick, pane, top = self.choose("brick"), self.choose("pane"), self.rng.uniform(6, 16)
         self.panel("building", brick * 0.8, (x, x + np.sign(x) * 12), top, (near, near))
         self.panel("building", brick, (x, x), top, (near, far))
@@ -266,7 +263,6 @@ class Street(Canvas):
                 self.area(None, pane, x, (low, low, low + 1.6, low + 1.6), (z, z + 1.2, z + 1.2, z))
 
     def wall(self, x: float, near: float, far: float) -> None:
-        """With courses of stones."""
         stone, top = self.choose("stone"), self.rng.uniform(2.0, 3.2)
         self.panel("wall", stone * 0.85, (x, x + np.sign(x)), top, (near, near))
         self.panel("wall", stone, (x, x), top, (near, far))
@@ -274,21 +270,18 @@ class Street(Canvas):
             self.area(None, stone * 0.75, x, y, (near, far), line=0.04)
 
     def fence(self, x: float, near: float, far: float) -> None:
-        """With pales."""
         wood, top = self.choose("wood"), self.rng.uniform(1.4, 2.0)
         self.panel("fence", wood * 0.6, (x, x), top, (near, far))
         for z in np.arange(near, far, 0.7):
             self.area("fence", wood * 1.3, x, (0, top), z, line=0.3)
 
     def trees(self, x: float, near: float, far: float) -> None:
-        """With bushes behind them."""
         for z in np.arange(far, near, -2.5):
             self.area("vegetation", self.choose("bark"), x, (0, 3), z, line=0.3)
             self.leaves(x, self.rng.uniform(2.5, 4.5), z, 2.2)
             self.leaves(x + np.sign(x) * 2, 1.0, z, 1.5)
 
     def leaves(self, x: float, y: float, z: float, size: float) -> None:
-        """A crown of leaves, lighter above."""
         green = self.choose("leaves")
         for dx, dy in self.rng.normal(0, 0.35 * size, (12, 2)):
             blob = CIRCLE * self.rng.uniform(0.25, 0.5) * size + (x + dx, y + dy)
@@ -326,4 +319,5 @@ class Street(Canvas):
         """Mostly, our own car along the lower edge, which no evaluation counts."""
         if self.rng.random() < 0.6:
             outline = (0.5, 1.02) + CIRCLE * (0.5, 0.07)
-            self.put(outline * (self.width, self.height), self.choose("coat"), IDS["ego vehicle"])
+            size, label = (self.width, self.height), name2label["ego vehicle"].id
+            self.put(outline * size, self.choose("coat"), label)

@@ -6,10 +6,9 @@ They stand in for data that a user may not have; see `pipeline.data.drawing`.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ import cv2
 import numpy as np
 
 from pipeline.data import drawing
-from pipeline.data.archives import fresh, replace
+from pipeline.data.archives import made_whole
 from pipeline.data.cifar10 import BATCHES, CLASSES, FOLDER, META
 from pipeline.data.drawing import photo, street
 from pipeline.data.manifest import fault
-from pipeline.files import digest, file_digest
+from pipeline.files import file_digest, read_json, write_json
 from pipeline.progress import track
 
 if TYPE_CHECKING:
@@ -49,17 +48,15 @@ def _cifar10(params: GeneratedCifar10) -> Iterator[File]:
     first = 0
     for (name, split), labels in zip(BATCHES.items(), parts, strict=True):
         title = f"training batch {name[-1]} of 5" if split == "train" else "testing batch 1 of 1"
-        kinds = [(i, CLASSES[label]) for i, label in enumerate(labels, first)]
-        rngs = [np.random.default_rng((params.seed, 0, i)) for i, _ in kinds]
-        pictures = [photo(rng, kind, 32, 32) for rng, (_, kind) in zip(rngs, kinds, strict=True)]
-        batch = {
-            b"batch_label": title.encode(),
-            b"labels": labels.tolist(),
-            b"data": np.stack(pictures).transpose(0, 3, 1, 2).reshape(len(labels), -1),
-            b"filenames": [f"{kind}_s_{i:06d}.png".encode() for i, kind in kinds],
-        }
-        yield f"{FOLDER}/{name}", python2_pickle(batch)
+        pictures, filenames = [], []
+        for i, label in enumerate(labels, first):
+            rng = np.random.default_rng((params.seed, 0, i))
+            pictures.append(photo(rng, CLASSES[label], 32, 32).transpose(2, 0, 1).ravel())
+            filenames.append(f"{CLASSES[label]}_s_{i:06d}.png".encode())
         first += len(labels)
+        batch = {b"batch_label": title.encode(), b"labels": labels.tolist()}
+        batch |= {b"data": np.stack(pictures), b"filenames": filenames}
+        yield f"{FOLDER}/{name}", python2_pickle(batch)
     names = [name.encode() for name in CLASSES]
     meta = {b"num_cases_per_batch": len(parts[0]), b"label_names": names, b"num_vis": 3072}
     yield META, python2_pickle(meta)
@@ -81,27 +78,24 @@ def _imagenet(params: GeneratedImageNet) -> Iterator[File]:
 def _cityscapes(params: GeneratedCityscapes) -> Iterator[File]:
     index = 0
     for split, count in (("train", params.train), ("val", params.val)):
-        cities = CITIES[split]
         for i in range(count):
-            city = cities[i * len(cities) // count]
+            city = CITIES[split][i * len(CITIES[split]) // count]
             stem = f"{split}/{city}/{city}_{i:06d}_000019"
             rng = np.random.default_rng((params.seed, index))
             picture, ids = street(rng, params.height, params.width)
             labels = np.where(ids < 1000, ids, ids // 1000).astype(np.uint8)
-            for path, image in (
-                (f"leftImg8bit/{stem}_leftImg8bit.png", picture[..., ::-1]),
-                (f"gtFine/{stem}_gtFine_labelIds.png", labels),
-                (f"gtFine/{stem}_gtFine_instanceIds.png", ids),
-            ):
-                yield path, cv2.imencode(".png", image)[1].tobytes()
+            yield f"leftImg8bit/{stem}_leftImg8bit.png", _png(picture[..., ::-1])
+            yield f"gtFine/{stem}_gtFine_labelIds.png", _png(labels)
+            yield f"gtFine/{stem}_gtFine_instanceIds.png", _png(ids)
             index += 1
 
 
-DRAWN: dict[str, Callable[[Any], Iterator[File]]] = {
-    "cifar10": _cifar10,
-    "imagenet": _imagenet,
-    "cityscapes": _cityscapes,
-}
+def _png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+DRAWN: dict[str, Callable[[Any], Iterator[File]]]
+DRAWN = {"cifar10": _cifar10, "imagenet": _imagenet, "cityscapes": _cityscapes}
 
 
 def python2_pickle(value: object) -> bytes:
@@ -130,43 +124,27 @@ def ensure(
         UserError: `root` holds files that were not drawn.
     """
     recipe = {"set": name, "params": asdict(params), "code": [file_digest(path) for path in CODE]}
-    partial = fresh(root)
-    paths = [path for path in root.rglob("*") if not path.is_dir()]
-    present = {path.relative_to(root).as_posix(): _stamp(path) for path in paths}
-    has_note = present.pop(NOTE, None) is not None
-    drawn = _read(root / NOTE)
-    if drawn == {"recipe": recipe, "files": present}:
+    note, there = root / NOTE, _stamps(root)
+    drawn = read_json(note, f"delete {root}") if note.exists() else {}
+    if drawn == {"recipe": recipe, "files": there}:
         return
-    if drawn or not has_note:
-        _refuse_others(root, name, present.keys() - drawn.get("files", {}).keys())
+    if others := there.keys() - drawn.get("files", {}).keys():
+        cure = f"set prepare.{name}.source to folder to use your own data"
+        raise fault(root / min(others), f"not drawn here; move it out of {root}, or {cure}")
+    with made_whole(root) as partial:
+        for path, content in track(DRAWN[name](params), f"Drawing {name}"):
+            file = partial / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        write_json(partial / NOTE, {"recipe": recipe, "files": _stamps(partial)})
+
+
+def _stamps(root: Path) -> dict[str, list[int]]:
+    """What changes when a file does, of all files but the note."""
     stamps = {}
-    for path, content in track(DRAWN[name](params), f"Drawing {name}"):
-        file = partial / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-        stamps[path] = _stamp(file)
-    _refuse_others(root, name, present.keys() - drawn.get("files", {}).keys() - stamps.keys())
-    note = json.dumps({"recipe": recipe, "files": stamps})
-    (partial / NOTE).write_text(digest(note.encode()) + note)
-    replace(root)
-
-
-def _refuse_others(root: Path, name: str, others: Collection[str]) -> None:
-    if others:
-        raise fault(
-            root / min(others),
-            f"not drawn here; move it out of {root}, "
-            f"or set prepare.{name}.source to folder to use your own data",
-        )
-
-
-def _read(note: Path) -> dict[str, Any]:
-    """What was drawn; nothing if the note is missing or damaged."""
-    content = note.read_bytes() if note.is_file() else b""
-    whole = content[:32] == digest(content[32:]).encode()
-    return json.loads(content[32:]) if whole else {}
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.lstat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    for path in root.rglob("*"):
+        if path.name != NOTE and not path.is_dir():
+            status = path.lstat()
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            stamps[path.relative_to(root).as_posix()] = stamp
+    return stamps

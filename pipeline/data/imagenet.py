@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,7 +16,7 @@ from PIL.Image import Resampling
 from scipy.io import loadmat
 
 from pipeline.data.archives import DAMAGED, tarred, unpack
-from pipeline.data.manifest import Found, Manifest, Row, fault, files, folders, listed, read_file
+from pipeline.data.manifest import Row, fault, files, folders, listed, read_columns, read_file
 from pipeline.data.pictures import picture_size, read_picture
 from pipeline.errors import UserError
 from pipeline.files import digest
@@ -31,79 +33,65 @@ SOURCE = (
 )
 
 
-# ---- what the prepare stage asks of every set, see `pipeline.stages.prepare.Format`
+# ---- what the prepare stage asks of every set
 
 
-def find(root: Path) -> list[Found]:
+def find(root: Path) -> list[tuple[str, ...]]:
     """Every image of the tree, by split and class."""
     for split in SPLITS:
         _check_split(root, split)
-    found = []
+    found: list[tuple[str, ...]] = []
     for split in SPLITS:
         for name in folders(root / split):
             images = files(root / split / name)
             if not images:
                 raise fault(root / split / name, "a class folder without images")
             for image in images:
+                path = f"{split}/{name}/{image}"
                 if not image.lower().endswith((".jpeg", ".jpg")):
-                    raise fault(
-                        root / split / name / image, "not a .JPEG file; move it out of the data set"
-                    )
-                found.append(Found(split, (f"{split}/{name}/{image}",)))
+                    raise fault(root / path, "not a .JPEG file; move it out of the data set")
+                found.append((path,))
     return found
 
 
 def _check_split(root: Path, split: str) -> None:
     folder = root / split
     if not folder.is_dir():
-        raise fault(
-            folder,
-            "no such folder; ImageNet is read from {train,val}/<wnid>/*.JPEG, "
-            f"or from {SOURCE}, put into {root}",
-        )
+        form = "ImageNet is read from {train,val}/<wnid>/*.JPEG"
+        raise fault(folder, f"no such folder; {form}, or from {SOURCE}, put into {root}")
     entries = listed(folder)
     if not entries:
         raise fault(folder, f"an empty folder; delete it and put {SOURCE} into {root}")
-    stray = next((entry for entry in entries if not entry.is_dir()), None)
-    if stray is not None and split == "val":
-        raise fault(
-            folder,
-            f"holds pictures ({stray.name}) where class folders belong; delete it and put "
-            f"{ARCHIVES['val']} and {DEVKIT} into {root}: prepare sorts them by the official truth",
-        )
-    if stray is not None:
-        raise fault(folder / stray.name, "not a class folder; move it out of the data set")
+    for entry in entries:
+        if entry.is_dir():
+            continue
+        if split == "train":
+            raise fault(folder / entry.name, "not a class folder; move it out of the data set")
+        cure = f"delete it and put {ARCHIVES['val']} and {DEVKIT} into {root}"
+        what = f"holds pictures ({entry.name}) where class folders belong"
+        raise fault(folder, f"{what}; {cure}: prepare sorts them by the official truth")
 
 
-def inspect(root: Path, found: Found) -> Row:
+def inspect(root: Path, paths: tuple[str, ...]) -> Row:
     """The row of an image, which is decoded to its end."""
-    path = found.files[0]
+    path = paths[0]
+    split, name, _ = path.split("/")
     content = read_file(root / path)
     width, height = picture_size(content, root / path)
-    row: Row = {"path": path, "split": found.split, "class": path.split("/")[1]}
-    return row | {
-        "width": width,
-        "height": height,
-        "bytes": len(content),
-        "digest": digest(content),
-    }
+    row: Row = {"path": path, "split": split, "class": name, "width": width, "height": height}
+    return row | {"bytes": len(content), "digest": digest(content)}
 
 
-def check(root: Path, rows: list[Row]) -> None:
+def tally(row: Row) -> dict[str, int]:
+    """The number of images of each class in a row."""
+    return {str(row["class"]): 1}
+
+
+def check(root: Path, counts: dict[str, Counter[str]]) -> None:
     """Train and val have the same classes."""
-    train, val = (set(names) for names in counts(rows).values())
-    for name in sorted(train ^ val):
-        lacking = root / ("val" if name in train else "train") / name
+    for name in sorted(counts["train"].keys() ^ counts["val"].keys()):
+        lacking = root / ("val" if name in counts["train"] else "train") / name
         raise fault(lacking, "no such folder, but the classes of train and val must be the same")
-
-
-def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
-    """The number of images of each split and class."""
-    found = Counter((row["split"], str(row["class"])) for row in rows)
-    by_split: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-    for (split, name), count in sorted(found.items()):
-        by_split[str(split)][name] = count
-    return by_split
 
 
 def unpack_archives(root: Path) -> None:
@@ -144,18 +132,14 @@ def validation_wnids(devkit: Path) -> list[str]:
             if Path(name).name in wanted:
                 wanted[Path(name).name] = file.read()
         synsets = loadmat(io.BytesIO(wanted["meta.mat"]), squeeze_me=True)["synsets"]
-        names = {
-            int(one["ILSVRC2012_ID"]): str(one["WNID"])
-            for one in synsets
-            if not one["num_children"]
-        }
+        leaves = [synset for synset in synsets if not synset["num_children"]]
+        names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
         wnids = [names[int(line)] for line in wanted[TRUTH].split()]
     except UserError:
         raise
     except DAMAGED as error:
-        raise fault(
-            devkit, f"cannot be read ({error}); the validation images need it for their labels"
-        ) from None
+        cure = "the validation images need it for their labels"
+        raise fault(devkit, f"cannot be read ({error}); {cure}") from None
     except Exception as error:  # scipy raises whatever it meets
         raise fault(devkit, f"not the devkit of ILSVRC 2012, task 1 and 2 ({error!r})") from None
     for name in wnids:
@@ -166,14 +150,14 @@ def validation_wnids(devkit: Path) -> list[str]:
 
 def samples(root: Path, rows: list[Row], each: int) -> list[tuple[str, list[np.ndarray]]]:
     """(class, its first `each` training pictures as (H, W, 3) RGB) of at most ten classes."""
-    paths: dict[str, list[str]] = {}
+    groups: dict[str, list[np.ndarray]] = {}
     for row in rows:
-        if row["split"] == "train":
-            paths.setdefault(str(row["class"]), []).append(str(row["path"]))
-    return [
-        (name, [read_picture(root / path) for path in paths[name][:each]])
-        for name in sorted(paths)[:10]
-    ]
+        if row["split"] != "train" or (len(groups) == 10 and row["class"] not in groups):
+            break
+        pictures = groups.setdefault(str(row["class"]), [])
+        if len(pictures) < each:
+            pictures.append(read_picture(root / str(row["path"])))
+    return list(groups.items())
 
 
 # ---- what training reads
@@ -200,34 +184,25 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     scale = short / min(image.size)
     width, height = (short if side == min(image.size) else int(side * scale) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.resize((width, height), Resampling.BILINEAR).crop(
-        (left, top, left + size, top + size)
-    )
+    resized = image.resize((width, height), Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))
 
 
-class ImageNet:
+class Split:
     """The samples of a split: images (size, size, 3) uint8, and the numbers of their classes."""
 
     def __init__(
-        self,
-        root: Path,
-        manifest: Path,
-        split: str,
-        *,
-        size: int,
-        augment: bool = False,
-        limit: int | None = None,
+        self, root: Path, manifest: Path, split: str, params: dict[str, Any], augment: bool = False
     ) -> None:
-        """Opens a split (train or val), or `limit` of its images."""
-        table = Manifest.read(manifest)
-        rows = table.split(split, limit)
-        self.root, self.size, self.augment = root, size, augment
-        self.names = tuple(sorted(set(table["class"])))
-        numbers = {name: number for number, name in enumerate(self.names)}
+        """Opens a split (train or val); `params["image"]` is the size."""
+        paths, digests, classes = read_columns(manifest, split, "path", "digest", "class")
+        self.root, self.size, self.augment = root, params["image"], augment
+        self.names = tuple(sorted(set(classes)))
         # Arrays: the reference counts of a list's items would copy its memory into every worker
-        self.paths = np.array([path.encode("utf-8", "surrogateescape") for path in rows["path"]])
-        self.digests = np.array([own.encode() for own in rows["digest"]])
-        self.labels = np.array([numbers[name] for name in rows["class"]], np.int64)
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.digests = np.array([own.encode() for own in digests])
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self.labels = np.array([numbers[name] for name in classes], np.int64)
 
     def __len__(self) -> int:
         """The number of images."""
@@ -235,7 +210,7 @@ class ImageNet:
 
     def name(self, index: int) -> str:
         """An image's path in the data root."""
-        return self.paths[index].decode("utf-8", "surrogateescape")
+        return os.fsdecode(self.paths[index])
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """An image and its label; the crop and the flip of an augmented one come from `rng`."""

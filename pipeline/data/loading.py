@@ -86,6 +86,12 @@ def order(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
+def spread(length: int, limit: int | None) -> np.ndarray:
+    """`limit` positions among `length`, spread evenly over all classes of a sorted set."""
+    count = length if limit is None else min(limit, length)
+    return np.arange(count) * length // count
+
+
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pixels (B, 3, H, W) uint8, as float32 in 0..1, minus `mean`, divided by `std` per channel."""
     shift, scale = (
@@ -95,26 +101,28 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 class FileDataset:
-    """A `BatchDataset` that reads its samples from files.
+    """A `BatchDataset` of chosen samples of a split, which are read from files.
 
     Attributes:
         frames: Of Cityscapes: the path, width and height of each photo.
     """
 
-    def __init__(self, samples: Samples, facts: DataSet, seed: int = 0) -> None:
-        self.samples, self.facts, self.seed = samples, facts, seed
-        self.names = samples.names
-        self.classes = len(samples.names)
-        self.frames: tuple[tuple[str, int, int], ...] = getattr(samples, "frames", ())
+    def __init__(self, samples: Samples, chosen: np.ndarray, facts: DataSet, seed: int = 0) -> None:
+        self.samples, self.chosen, self.facts, self.seed = samples, chosen, facts, seed
+        self.names, self.classes = samples.names, len(samples.names)
+        frames: Sequence[tuple[str, int, int]] = getattr(samples, "frames", ())
+        self.frames = tuple(frames[i] for i in chosen) if frames else ()
 
     def __len__(self) -> int:
         """The number of samples."""
-        return len(self.samples)
+        return len(self.chosen)
 
     def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
         """The batch of `keys`, normalised, augmented as (seed, epoch, index) say."""
-        draws = [draw(self.seed, keys.epoch, index) for index in keys.indices]
-        pairs = [self.samples.sample(i, rng) for i, rng in zip(keys.indices, draws, strict=True)]
+        pairs = []
+        for index in keys.indices:
+            rng = draw(self.seed, keys.epoch, index)
+            pairs.append(self.samples.sample(self.chosen[index], rng))
         images, targets = zip(*pairs, strict=True)
         sizes = sorted({image.shape[:2] for image in images})
         if len(sizes) > 1:
@@ -129,7 +137,7 @@ class FileDataset:
 
     def name(self, index: int) -> str:
         """An image's path in the data root."""
-        return self.samples.name(index)
+        return self.samples.name(self.chosen[index])
 
 
 class InMemory:
@@ -144,7 +152,6 @@ class InMemory:
         labels: np.ndarray,
         names: Sequence[str],
         facts: DataSet,
-        *,
         augment: bool = False,
         seed: int = 0,
         device: str = "cpu",

@@ -11,7 +11,6 @@ import io
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,64 +29,6 @@ def fault(path: Path | str, reason: object) -> UserError:
     return UserError(f"{escaped(str(path))}: {escaped(' '.join(str(reason).split()))}")
 
 
-@dataclass(frozen=True)
-class Found:
-    """The files of a row that are not read yet: paths relative to the data root, image first."""
-
-    split: str
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The columns of a manifest.csv, of equal length; every value is the text in the file."""
-
-    path: Path
-    columns: dict[str, list[str]]
-
-    @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Reads `path`, as the prepare stage wrote it.
-
-        Raises:
-            UserError: It is missing, or not a manifest.
-        """
-        again = "run `python -m pipeline prepare`"
-        try:
-            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                names, *rows = csv.reader(file)
-        except (OSError, ValueError, csv.Error) as error:
-            raise fault(path, f"cannot be read ({error}); {again}") from None
-        if not rows or any(len(row) != len(names) for row in rows):
-            raise fault(path, f"not a manifest, or an empty one; {again}")
-        return cls(path, {name: [row[i] for row in rows] for i, name in enumerate(names)})
-
-    def __getitem__(self, column: str) -> list[str]:
-        """A column.
-
-        Raises:
-            UserError: The manifest has no such column: it is that of another data set.
-        """
-        if column not in self.columns:
-            raise fault(self.path, f"has no column {column!r}; run `python -m pipeline prepare`")
-        return self.columns[column]
-
-    def split(self, name: str, limit: int | None = None) -> Manifest:
-        """The rows of one split (train, val or test), or `limit` of them, spread evenly."""
-        rows = [i for i, split in enumerate(self["split"]) if split == name]
-        if not rows:
-            raise fault(self.path, f"has no rows of the split {name!r}")
-        rows = [rows[i] for i in spread(len(rows), limit)]
-        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
-        return Manifest(self.path, columns)
-
-
-def spread(length: int, limit: int | None) -> list[int]:
-    """`limit` positions among `length`, spread evenly over all classes of a sorted set."""
-    count = length if limit is None else min(limit, length)
-    return [i * length // count for i in range(count)]
-
-
 def to_csv(rows: Sequence[Row]) -> bytes:
     """The content of a manifest.csv."""
     text = io.StringIO()
@@ -97,14 +38,26 @@ def to_csv(rows: Sequence[Row]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def totals(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The sum of each of `columns` over the rows of each split."""
-    sums: dict[str, dict[str, int]] = {}
-    for row in rows:
-        own = sums.setdefault(str(row["split"]), dict.fromkeys(columns, 0))
-        for column in columns:
-            own[column] += int(row[column])
-    return sums
+def read_columns(path: Path, split: str, *columns: str) -> list[list[str]]:
+    """Some columns of a manifest.csv, of the rows of one split (train, val or test).
+
+    Raises:
+        UserError: The file is missing, or not the manifest of a set with these columns.
+    """
+    again = "run `python -m pipeline prepare`"
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = (row for row in csv.DictReader(file) if row["split"] == split)
+            found = [[row[name] for name in columns] for row in rows]
+    except KeyError as error:
+        raise fault(
+            path, f"not a manifest of this set, it has no column {error}; {again}"
+        ) from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise fault(path, f"cannot be read ({error}); {again}") from None
+    if not found:
+        raise fault(path, f"has no rows of the split {split!r}; {again}")
+    return [list(column) for column in zip(*found, strict=True)]
 
 
 def read_summary(name: str) -> dict[str, Any]:
@@ -123,9 +76,8 @@ def read_summary(name: str) -> dict[str, Any]:
     try:
         own = digest((folder / "manifest.csv").read_bytes())
     except OSError as error:
-        raise fault(
-            folder / "manifest.csv", f"cannot be read ({error.strerror}); {again}"
-        ) from None
+        reason = f"cannot be read ({error.strerror}); {again}"
+        raise fault(folder / "manifest.csv", reason) from None
     if own != summary.get("manifest"):
         raise fault(folder / "manifest.csv", f"not as prepare wrote it; {again}")
     if not isinstance(summary.get("source"), str) or not isinstance(summary.get("images"), dict):
@@ -142,12 +94,6 @@ def data_root(name: str, source: str, machine: Machine) -> Path:
     if source == "generated":
         return Path.cwd() / "data/generated" / name
     return machine.data_roots.get(name, machine.root / "data" / name)
-
-
-def located(name: str, machine: Machine) -> tuple[Path, Path]:
-    """The folder of a prepared set, and its manifest."""
-    source = read_summary(name)["source"]
-    return data_root(name, source, machine), Path("results/data", name, "manifest.csv")
 
 
 def read_file(path: Path, expected: str | None = None) -> bytes:
@@ -196,7 +142,7 @@ def listed(folder: Path) -> list[os.DirEntry[str]]:
 
 def folders(root: Path) -> list[str]:
     """The names of the visible folders in `root`."""
-    return [entry.name for entry in listed(root) if entry.is_dir()]
+    return [entry.name for entry in listed(root) if os.path.isdir(entry)]
 
 
 def files(root: Path) -> list[str]:
@@ -207,13 +153,6 @@ def files(root: Path) -> list[str]:
     """
     found = listed(root)
     for entry in found:
-        if not _is_file(entry):
+        if not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry)):
             raise fault(entry.path, "not a file; move it out of the data set")
     return [entry.name for entry in found]
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file(follow_symlinks=False) or entry.is_file()
-    except OSError:  # a link to itself
-        return False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data import cifar10
-from pipeline.data.cityscapes import Cityscapes
-from pipeline.data.imagenet import ImageNet
-from pipeline.data.loading import BatchDataset, FileDataset, InMemory
-from pipeline.data.manifest import located, spread
+from pipeline.data.loading import BatchDataset, FileDataset, InMemory, spread
+from pipeline.data.manifest import data_root, read_summary
 from pipeline.sets import SETS
 
 if TYPE_CHECKING:
@@ -25,19 +24,9 @@ def training_data(
     Raises:
         UserError: The set is not prepared, or its files are not those of the manifest.
     """
-    root, manifest = located(dataset, machine)
-    own: Any = params  # of the stage that trains on the set
-    chosen: dict[str, Any] = {"augment": own.augment, "limit": own.limit}
-    if dataset == "cifar10":
-        train = open_cifar10(root, manifest, "train", seed=seed, device=machine.device, **chosen)
-        return train, _validation(dataset, {}, machine)
-    if dataset == "imagenet":
-        size = {"image": own.image}
-        samples = ImageNet(root, manifest, "train", size=own.image, **chosen)
-    else:
-        size = {"test_size": own.test_size}
-        samples = Cityscapes(root, manifest, "train", crop=own.crop, **chosen)
-    return FileDataset(samples, SETS[dataset], seed), _validation(dataset, size, machine)
+    settings = asdict(params)
+    train = _open(dataset, "train", settings, machine, params.limit, params.augment, seed)
+    return train, _open(dataset, SETS[dataset].validation, settings, machine)
 
 
 def evaluation_data(
@@ -54,45 +43,27 @@ def evaluation_data(
     Raises:
         UserError: The set is not prepared, or its files are not those of the manifest.
     """
-    return _validation(dataset, facts["params"], machine, limit)
+    return _open(dataset, SETS[dataset].validation, facts["params"], machine, limit)
 
 
-def open_cifar10(
-    root: Path,
-    manifest: Path | None,
+def _open(
+    dataset: str,
     split: str,
-    *,
+    params: dict[str, Any],
+    machine: Machine,
+    limit: int | None = None,
     augment: bool = False,
     seed: int = 0,
-    limit: int | None = None,
-    device: str = "cpu",
-) -> InMemory:
-    """CIFAR-10's train or test split on a device, its files verified if there is a manifest."""
-    images, labels = cifar10.read_split(root, manifest, split)
-    chosen = spread(len(labels), limit)
-    return InMemory(
-        images[chosen],
-        labels[chosen],
-        cifar10.CLASSES,
-        SETS["cifar10"],
-        augment=augment,
-        seed=seed,
-        device=device,
-    )
-
-
-def _validation(
-    dataset: str, params: dict[str, Any], machine: Machine, limit: int | None = None
 ) -> BatchDataset:
-    root, manifest = located(dataset, machine)
     facts = SETS[dataset]
+    root = data_root(dataset, read_summary(dataset)["source"], machine)
+    manifest = Path("results/data", dataset, "manifest.csv")
+    # Imported by name, so that a training depends on the code of its own set alone
+    reader = importlib.import_module(f"pipeline.data.{dataset}")
     if dataset == "cifar10":
-        return open_cifar10(root, manifest, facts.validation, limit=limit, device=machine.device)
-    if dataset == "imagenet":
-        samples = ImageNet(root, manifest, facts.validation, size=params["image"], limit=limit)
-        return FileDataset(samples, facts)
-    size = params.get("test_size")
-    samples = Cityscapes(
-        root, manifest, facts.validation, test_size=size and tuple(size), limit=limit
-    )
-    return FileDataset(samples, facts)
+        images, labels = reader.read_split(root, manifest, split)
+        chosen = spread(len(labels), limit)
+        images, labels, names = images[chosen], labels[chosen], reader.CLASSES
+        return InMemory(images, labels, names, facts, augment, seed, machine.device)
+    samples = reader.Split(root, manifest, split, params, augment)
+    return FileDataset(samples, spread(len(samples), limit), facts, seed)
