@@ -24,15 +24,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
+import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
+from mdeq.baselines import ResNetConfig
+from mdeq.saved import Architecture
 from pipeline import store, tracking
 from pipeline.errors import UserError
 from pipeline.machine import Machine
+from pipeline.predict import Predictor
+from pipeline.train.checkpoints import save_model
 
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("MDEQ_", "MLFLOW_", "DVC_"))}
+SETTINGS = ("MDEQ_", "MLFLOW_", "DVC_", "PYTHONPATH")
+CLEAN = {name: text for name, text in os.environ.items() if not name.startswith(SETTINGS)}
 PATIENCE = 300.0
 FORK = multiprocessing.get_context("fork")
 
@@ -125,45 +134,10 @@ def server(made_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     process.join()
 
 
-class Proxy(socketserver.ThreadingTCPServer):
-    """Before a server; `open` lets connections pass, else they are taken and never answered."""
-
-    allow_reuse_address = daemon_threads = True
-
-    def __init__(self, behind: int, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Pass)
-        self.behind, self.port = behind, self.server_address[1]
-        self.open = threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-
-class _Pass(socketserver.BaseRequestHandler):
-    def handle(self) -> None:
-        self.server.open.wait()  # type: ignore[attr-defined]
-        behind = self.server.behind  # type: ignore[attr-defined]
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", behind)) as other:
-            threading.Thread(target=_copy, args=(other, self.request), daemon=True).start()
-            _copy(self.request, other)
-
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while content := source.recv(65536):
-            target.sendall(content)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return True
-    return False
 
 
 def client(machine: Machine) -> MlflowClient:
@@ -438,16 +412,13 @@ def test_a_missing_artifact_is_named_and_all_else_arrives(machine: Machine) -> N
     assert list(tracking.sync(machine)) == [(file, "uploaded")]
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_the_machines_load_is_recorded(machine: Machine, resumed: bool) -> None:
-    name, file, before = "system/cpu_utilization_percentage", Path("results/a/run.jsonl"), 0
-    if resumed:
-        with tracking.start("a", None, None, machine, file) as run:
-            run.metrics({name: 1.0}, 0)
-        before = 1
-        time.sleep(1)  # a step of the load is a second
+def test_the_machines_load_is_recorded_also_after_a_resume(machine: Machine) -> None:
+    name, file = "system/cpu_utilization_percentage", Path("results/a/run.jsonl")
+    with tracking.start("a", None, None, machine, file) as run:
+        run.metrics({name: 1.0}, 0)
+    time.sleep(1)  # a step of the load is a second
     with tracking.start("a", None, None, machine, file, resume=True):
-        eventually(lambda: len(history(machine, runs(machine)["a"], name)) > before)
+        eventually(lambda: len(history(machine, runs(machine)["a"], name)) > 1)
 
 
 BROKEN = {
@@ -468,17 +439,14 @@ BROKEN = {
 
 
 def test_a_run_file_broken_by_hand_is_one_line_and_stops_no_other(machine: Machine) -> None:
-    off = Machine(machine.root)
-    good = finished(off, "good").read_bytes()
+    good = finished(Machine(machine.root), "good")
+    own_id = rows(good)[0]["run"].encode()
     for number, change in enumerate(BROKEN.values()):
-        file = Path(f"results/classify/bad-{number}/run.jsonl")
-        file.parent.mkdir()
-        lines = good.replace(
-            rows(Path("results/classify/good/run.jsonl"))[0]["run"].encode(),
-            f"{number:032x}".encode(),
-        ).splitlines()
-        file.write_bytes(b"".join(line + b"\n" for line in change(lines)))
-        shutil.copytree("results/classify/good/figures", file.parent / "figures")
+        folder = Path(f"results/classify/bad-{number}")
+        shutil.copytree(good.parent, folder)
+        lines = good.read_bytes().replace(own_id, f"{number:032x}".encode()).splitlines()
+        content = b"".join(line + b"\n" for line in change(lines))
+        folder.joinpath("run.jsonl").write_bytes(content)
     with pytest.raises(UserError) as caught:
         assert [file.parent.name for file, _ in tracking.sync(machine)] == ["good"]
     said = str(caught.value).splitlines()
@@ -503,7 +471,7 @@ class Refuse(socketserver.StreamRequestHandler):
 
 def delete_experiment(database: Path) -> None:
     own = MlflowClient(f"sqlite:///{database}")
-    own.delete_experiment(own.get_experiment_by_name("mdeq").experiment_id)
+    own.delete_experiment(own.create_experiment("mdeq"))
 
 
 def restore_experiment(database: Path) -> None:
@@ -636,6 +604,7 @@ def test_a_store_that_may_not_be_written(machine: Machine, lock: bool) -> None:
 def test_a_locked_store_stops_nothing_and_gets_the_run_later(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Neither start nor end of a stage waits longer than allowed."""
     monkeypatch.setattr(tracking, "SECONDS_AT_START", 0.2)
     monkeypatch.setattr(tracking, "SECONDS_AT_END", 0.2)
     writer = sqlite3.connect(machine.root / "mlflow.db", isolation_level=None)
@@ -645,16 +614,15 @@ def test_a_locked_store_stops_nothing_and_gets_the_run_later(
     assert said.count("\n") == 1 and "python -m pipeline sync" in said
     writer.execute("rollback")
     writer.close()
-    eventually(lambda: finished_in_store(machine))
+
+    def arrived() -> bool:
+        with contextlib.suppress(UserError):  # while the stage's own thread is still at work
+            list(tracking.sync(machine))
+        run = runs(machine).get("classify/x")
+        return run is not None and run.info.status == "FINISHED"
+
+    eventually(arrived)
     assert list(tracking.sync(machine)) == [] and file.exists()
-
-
-def finished_in_store(machine: Machine) -> bool:
-    """After a `sync` that may find the thread of a stage still at work."""
-    with contextlib.suppress(UserError):
-        list(tracking.sync(machine))
-    run = runs(machine).get("classify/x")
-    return run is not None and run.info.status == "FINISHED"
 
 
 def test_a_store_that_is_deleted_while_a_stage_runs_gets_the_run_later(
@@ -674,43 +642,27 @@ def test_a_store_that_is_deleted_while_a_stage_runs_gets_the_run_later(
     assert losses(later, "a") == [(0, 1.0)]
 
 
-def test_a_server_that_is_silent_then_answers(
+def test_a_server_that_is_silent_then_answers_gets_all_while_the_stage_runs(
     server: Served, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Neither start nor end of a stage waits longer than allowed; what is missing follows."""
-    for limit in ("SECONDS_AT_START", "SECONDS_AT_END"):
-        monkeypatch.setattr(tracking, limit, 0.2)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    proxy = Proxy(server.port)
-    machine = Machine(folder, tracking_uri=f"http://127.0.0.1:{proxy.port}", experiment="silent")
-    file = finished(machine)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "python -m pipeline sync" in said
-    proxy.open.set()
-    eventually(lambda: finished_in_store(machine))
-    assert len(history(machine, runs(machine)["classify/x"], "loss/train")) == 3
-    assert list(tracking.sync(machine)) == [] and file.exists()
-    proxy.shutdown()
-
-
-def test_a_server_that_is_absent_then_there_gets_all_while_the_stage_runs(
-    server: Served, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    port = free_port()
-    machine = Machine(folder, tracking_uri=f"http://127.0.0.1:{port}", experiment="absent")
-    with tracking.start("a", None, None, machine, Path("run.jsonl")) as run:
-        for step in range(5):
-            run.metrics({"loss": step}, step)
-        proxy = Proxy(server.port, port)
-        proxy.open.set()
+    monkeypatch.setattr(tracking, "SECONDS_AT_START", 0.2)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    machine = Machine(folder, tracking_uri=f"http://127.0.0.1:{server.port}", experiment="silent")
+    frozen = psutil.Process(server.process.pid).children(recursive=True)
+    for process in frozen:
+        process.suspend()
+    with tracking.start("a", None, None, machine, Path("results/a/run.jsonl")) as run:
+        run.metrics({"loss": 0}, 0)
+        eventually(lambda: "tracking: " in capsys.readouterr().err)
+        for process in frozen:
+            process.resume()
         eventually(lambda: losses(machine, "a"))
         assert runs(machine)["a"].info.status == "RUNNING"
-        run.metrics({"loss": 5}, 5)
-    assert capsys.readouterr().err.count("\n") == 1
-    found = runs(machine)["a"]
-    assert found.info.status == "FINISHED"
-    assert losses(machine, "a") == [(step, float(step)) for step in range(6)]
-    proxy.shutdown()
+        run.metrics({"loss": 1}, 1)
+    assert capsys.readouterr().err == ""
+    assert runs(machine)["a"].info.status == "FINISHED"
+    assert losses(machine, "a") == [(0, 0.0), (1, 1.0)]
+    assert list(tracking.sync(machine)) == []
 
 
 @pytest.mark.parametrize("name", ["a?b", "a%20b", "it's #ü;&=d"])
@@ -749,17 +701,8 @@ def test_a_relative_address_means_the_repository_in_a_queued_experiment(
 
 @pytest.mark.slow
 def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
-    machine: Machine, tmp_path: Path
+    machine: Machine,
 ) -> None:
-    import cv2
-    import numpy as np
-    import torch
-
-    from mdeq.baselines import ResNetConfig
-    from mdeq.saved import Architecture
-    from pipeline.predict import Predictor
-    from pipeline.train.checkpoints import save_model
-
     torch.manual_seed(0)
     path = Path("results/classify/tiny.1/model.safetensors")
     architecture = Architecture(ResNetConfig(width=8), None, 3)
@@ -772,11 +715,8 @@ def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
     (output,) = found.outputs.model_outputs
     logged = client(machine).get_logged_model(output.model_id)
     assert (logged.name, logged.status) == ("classify-tiny-1", "READY")
-    saved = {
-        entry.name
-        for entry in Path(logged.artifact_location.removeprefix("file://"), "data").iterdir()
-    }
-    assert saved == {"model.safetensors"}
+    stored = Path(logged.artifact_location.removeprefix("file://"), "data")
+    assert [path.name for path in stored.iterdir()] == ["model.safetensors"]
     photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     content = cv2.imencode(".png", photo)[1].tobytes()
     Path("photo.png").write_bytes(content)
@@ -800,12 +740,9 @@ def test_a_logged_model_answers_a_picture_wherever_it_is_loaded(
         request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, kind)
         print(urllib.request.urlopen(request).read().decode())
     """
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    clean = {k: v for k, v in CLEAN.items() if k != "PYTHONPATH"} | {"MDEQ_DEVICE": "cpu"}
-    arguments = (machine.tracking_uri or "", str(Path("photo.png").absolute()), logged.model_uri)
+    arguments = [str(machine.tracking_uri), str(Path("photo.png").absolute()), logged.model_uri]
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    done = subprocess.run(command, cwd=elsewhere, env=clean, capture_output=True, text=True)
+    done = subprocess.run(command, cwd="/", env=CLEAN, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     direct, served = map(json.loads, done.stdout.splitlines()[-2:])
     predictor = Predictor(path, machine)
@@ -834,4 +771,5 @@ def test_ui_serves_until_it_is_ended_and_leaves_nothing_behind(
     server.process.terminate()
     server.process.join()
     assert server.process.exitcode == 143
-    assert not answers(server.port)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", server.port), 1)
