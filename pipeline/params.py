@@ -99,8 +99,6 @@ class EvaluateParams:
     limit: Count | None = None  # images of the split; None for all
     examples: Annotated[int, Field(ge=1, le=64)] = 8  # predictions that are drawn
     accuracy_up_to: Count | None = None  # also the accuracy by limits of 1, 2, ... solver steps
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = (1.0,)
-    flip: bool = False  # average with the mirrored image's probabilities, as with all `scales`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,7 +183,7 @@ WRONG_SECTIONS = [
     ({f"{RESNET}.forward": {"kind": "broyden"}}, f"{RESNET}.forward: must be left out"),
     ({f"{SMALL}.warm_start": {}, f"{SMALL}.augment": True}, f"{SMALL}.warm_start: needs `augment"),
     ({"evaluate.mnist": {"batch": 1}}, "evaluate.mnist: must be 'cifar10', 'imagenet' or"),
-    ({"evaluate.cifar10.scales": [0.5, 9]}, "evaluate.cifar10.scales.1: must be less than or"),
+    ({"evaluate.cifar10.examples": 65}, "evaluate.cifar10.examples: must be less than or"),
     (
         {"convergence.cifar10.model": "resnet18-small"},
         "convergence.cifar10.model: there is no mdeq",
