@@ -32,7 +32,7 @@ FLOORS = [
     {"pipeline.errors", "pipeline.files", "pipeline.sets", "pipeline.recipe"},
     {"pipeline.params", "pipeline.settings", "pipeline.machine"},
     {"pipeline.data", "pipeline.tracking", "pipeline.store", "pipeline.progress", "pipeline.figures"},
-    {"pipeline.train", "pipeline.report", "pipeline.predict", "pipeline.weights"},
+    {"pipeline.train", "pipeline.report", "pipeline.predict", "pipeline.weights", "pipeline.zoo"},
     {"pipeline.stages"},
     {"pipeline.cli"},
     {"pipeline.__main__"},
@@ -180,6 +180,9 @@ def test_the_wheel_is_typed_and_its_library_runs_with_torch_alone(tmp_path: Path
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     assert (tmp_path / "mdeq/py.typed").is_file()
+    assert {path.name for path in (tmp_path / "pipeline/zoo").glob("*.safetensors")} == {
+        path.name for path in (ROOT / "weights").glob("*.safetensors")
+    }
     requires = metadata.PathDistribution(next(tmp_path.glob("*.dist-info"))).requires or []
     assert [line for line in requires if "extra ==" not in line] == ["torch>=2.9"]
     others = {re.split(r"[^\w-]", line)[0] for line in requires} | {"PIL", "cv2", "ruamel"}
