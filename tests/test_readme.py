@@ -24,7 +24,7 @@ OTHERS = {"cp", "git", "docker", "pip", "torchrun", "srun", ".venv/bin/pre-commi
 
 
 def shell(text: str) -> list[str]:
-    """The commands of a text: lines of its sh blocks, and code within lines that begins like one."""
+    """The commands of a text: lines of its sh blocks, and code within lines like them."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in blocks.splitlines()]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\n", " ")
