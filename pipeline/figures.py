@@ -149,8 +149,7 @@ def _curve(axes: Axes, samples: pd.DataFrame, label: str, colour: str, value: st
         return
     mean, spread = samples.mean(axis=1), samples.std(axis=1, ddof=0)
     words = display(label, 30) + value.format(mean.iloc[-1])
-    marker = "o" if len(mean) <= 12 else None
-    axes.plot(mean.index, mean, color=colour, marker=marker, label=words)
+    axes.plot(mean.index, mean, "o-" if len(mean) <= 12 else "-", color=colour, label=words)
     if samples.shape[1] > 1:
         low = np.maximum(mean - spread, samples.min(axis=1))  # a log axis has no 0
         axes.fill_between(mean.index, low, mean + spread, color=colour, alpha=0.22, linewidth=0)
@@ -185,15 +184,12 @@ def accuracy_by_core_hours(histories: Tables, cores: int | None = None) -> Figur
         accuracy = by_seed(table, "eval/top1")
         hours = by_seed(table, "time/seconds").mean(axis=1) * (cores or 1) / 3600
         curves[name] = accuracy.set_axis(hours.reindex(accuracy.index))
-    xlabel = "core-hours" if cores else "hours of training"
-    return lines([Panel("test accuracy, %", curves)], xlabel)
+    panel = Panel("test accuracy, %", curves)
+    return lines([panel], "core-hours" if cores else "hours of training")
 
 
 def accuracy_by_evaluations(by_steps: Tables) -> Figure:
-    """Accuracy and residual of solves stopped after so many evaluations of f.
-
-    `by_steps`: of each model by_steps.csv, with columns evaluations, accuracy (in %), residual.
-    """
+    """Accuracy and residual of solves stopped after so many evaluations of f, from by_steps.csv."""
     tables = {name: table.set_index("evaluations") for name, table in by_steps.items()}
     accuracy = {name: table.filter(["accuracy"]) for name, table in tables.items()}
     residual = {name: table.filter(["residual"]) for name, table in tables.items()}
@@ -210,9 +206,8 @@ def figure5(traces: Tables) -> Figure:
     panels = []
     for measure, ylabel in (("change", CHANGE), ("residual", RESIDUAL)):
         for name, trace in traces.items():
-            curves = {}
-            for solver, own in trace.groupby("solver", sort=False):
-                curves[str(solver)] = own.pivot_table(measure, "evaluation", "batch")
+            solvers = trace.groupby("solver", sort=False)
+            curves = {str(s): own.pivot_table(measure, "evaluation", "batch") for s, own in solvers}
             panels.append(Panel(name, curves, ylabel, log=True))
     return lines(panels, EVALUATIONS, rows=min(2, len(traces)), share=True)
 
@@ -239,8 +234,8 @@ def figure4b(
     with _style():
         figure = Figure(figsize=(8, 0.42 * len(places) + 1.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        left.set(title=f"time of a step ({len(rounds)} rounds)")
-        right.set(title=display(f"memory ({note})" if note else "memory"))
+        left.set_title(f"time of a step ({len(rounds)} rounds)")
+        right.set_title(display(f"memory ({note})" if note else "memory"))
         left.set_yticks(places, [display(name, 24) for name in rounds])
         left.barh(places, time, 0.62, color=BLUE, xerr=reach, ecolor=INK, capsize=3)
         right.barh(places, space, 0.62, color=YELLOW)
@@ -325,7 +320,7 @@ def segmented(
     """
     palette = _palette(colours)
     found = np.unique(np.concatenate([labels.ravel() for labels in (*truths, *predictions)]))
-    present = [label for label in found if label < len(colours)]
+    present = found[found < len(colours)]
     height, width = truths[0].shape
     tall = len(images) * (2.5 * height / width + 0.1) + 0.6 + 0.22 * -(-len(present) // 8)
     with _style():
