@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import DRAWN
 
 from pipeline.data import cifar10, generated
 from pipeline.data.cifar10 import CLASSES, FOLDER, images_and_labels
 from pipeline.data.loading import InMemory, Keys, draw
-from pipeline.data.readers import open_cifar10
 from pipeline.errors import UserError
 from pipeline.sets import SETS
-from pipeline.settings import GeneratedCifar10
+from pipeline.stages import prepare
 
 FACTS = SETS["cifar10"]
 
@@ -23,7 +24,7 @@ FACTS = SETS["cifar10"]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "cifar10"
-    generated.ensure(folder, "cifar10", GeneratedCifar10(train=50, test=20))
+    generated.ensure(folder, "cifar10", DRAWN["cifar10"])
     return folder
 
 
@@ -37,26 +38,18 @@ def test_batches_are_what_common_readers_expect(root: Path, encoding: str, kind:
     def key(name: str) -> str | bytes:
         return name if kind is str else name.encode()
 
-    for name in ("data_batch_1", "test_batch"):
+    def load(name: str) -> dict[str | bytes, Any]:
         with (root / FOLDER / name).open("rb") as file:
-            batch = pickle.load(file, encoding=encoding)
-        keys = {key(name) for name in ("batch_label", "labels", "data", "filenames")}
-        assert set(batch) == keys
-        assert batch[key("data")].dtype == np.uint8
-        assert batch[key("data")].shape == (len(batch[key("labels")]), 3072)
+            return pickle.load(file, encoding=encoding)
+
+    for name in ("data_batch_1", "test_batch"):
+        batch, path = load(name), root / FOLDER / name
+        assert set(batch) == {key(k) for k in ("batch_label", "labels", "data", "filenames")}
         assert all(isinstance(name, kind) for name in batch[key("filenames")])
-    with (root / FOLDER / "batches.meta").open("rb") as file:
-        names = pickle.load(file, encoding=encoding)[key("label_names")]
-    assert names == [key(name) for name in CLASSES]
-
-
-def test_our_reader_agrees_with_pickle(root: Path) -> None:
-    path = root / FOLDER / "data_batch_3"
-    images, labels = images_and_labels(path.read_bytes(), path)
-    with path.open("rb") as file:
-        batch = pickle.load(file, encoding="bytes")
-    assert np.array_equal(images.reshape(-1, 3072), batch[b"data"])
-    assert labels.tolist() == batch[b"labels"]
+        images, labels = images_and_labels(path.read_bytes(), path)  # our reader agrees
+        assert np.array_equal(images.reshape(-1, 3072), batch[key("data")])
+        assert images.dtype == np.uint8 and labels.tolist() == batch[key("labels")]
+    assert load("batches.meta")[key("label_names")] == [key(name) for name in CLASSES]
 
 
 @pytest.mark.parametrize(("order", "protocol"), [("C", 2), ("F", 2), ("C", 4)])
@@ -119,22 +112,26 @@ def test_any_cut_of_a_batch_is_an_error_that_names_it(root: Path) -> None:
 def test_missing_batches_and_foreign_classes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{FOLDER}: no such folder"):
         cifar10.find(tmp_path)
-    generated.ensure(tmp_path / "own", "cifar10", GeneratedCifar10(train=20, test=10))
-    own = tmp_path / "own"
-    rows = [cifar10.inspect(own, found) for found in cifar10.find(own)]
-    cifar10.check(own, rows)
-    meta = own / FOLDER / "batches.meta"
+    generated.ensure(tmp_path, "cifar10", DRAWN["cifar10"])
+    counts = prepare.counts(
+        cifar10, [cifar10.inspect(tmp_path, found) for found in cifar10.find(tmp_path)]
+    )
+    cifar10.check(tmp_path, counts)
+    counts["test"]["frog"] = 0
+    with pytest.raises(UserError, match="test batches hold no image of the class frog"):
+        cifar10.check(tmp_path, counts)
+    meta = tmp_path / FOLDER / "batches.meta"
     meta.write_bytes(generated.python2_pickle({b"label_names": [b"apple"] * 10}))
     with pytest.raises(UserError, match=r"batches\.meta"):
-        cifar10.check(own, rows)
-    (own / FOLDER / "data_batch_4").unlink()
+        cifar10.check(tmp_path, counts)
+    (tmp_path / FOLDER / "data_batch_4").unlink()
     with pytest.raises(UserError, match="data_batch_4: no such file"):
-        cifar10.find(own)
+        cifar10.find(tmp_path)
 
 
 def test_a_batch_is_normalised_and_in_the_asked_order(root: Path) -> None:
-    dataset = open_cifar10(root, None, "test")
-    assert (len(dataset), dataset.classes, dataset.names) == (20, 10, CLASSES)
+    dataset = InMemory(*cifar10.read_split(root, None, "test"), CLASSES, FACTS)
+    assert (len(dataset), dataset.classes, dataset.names) == (10, 10, CLASSES)
     images, labels = dataset[Keys(0, [7, 3])]
     assert images.shape == (2, 3, 32, 32)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)

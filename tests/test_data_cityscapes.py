@@ -12,10 +12,8 @@ import torch
 from cityscapesscripts.helpers.labels import labels as official
 
 from pipeline.data import cityscapes, generated
-from pipeline.data.cityscapes import IGNORE, Cityscapes
-from pipeline.data.loading import FileDataset, Keys
-from pipeline.data.manifest import Found
-from pipeline.data.official import official_evaluation
+from pipeline.data.cityscapes import IGNORE, Split, official_evaluation
+from pipeline.data.loading import FileDataset, Keys, spread
 from pipeline.errors import UserError
 from pipeline.sets import SETS
 from pipeline.settings import GeneratedCityscapes
@@ -57,7 +55,7 @@ def test_classes_and_train_ids_are_the_official_ones() -> None:
 
 def test_pairs_are_found_from_the_tree_among_other_files(root: Path) -> None:
     found = cityscapes.find(root)
-    assert [one.split for one in found] == ["train"] * 3 + ["val"] * 2
+    assert [path.split("/")[1] for path, _ in found] == ["train"] * 3 + ["val"] * 2
     folder = root / "gtFine" / "train" / "aachen"
     for other in ("x_gtFine_color.png", "x_gtFine_polygons.json", ".DS_Store"):
         (folder / other).write_bytes(b"")
@@ -88,7 +86,7 @@ IDS = np.full((8, 16), 7, np.uint8)
 def test_labels_that_do_not_fit_are_named(tmp_path: Path, ids: np.ndarray, message: str) -> None:
     write_pair(tmp_path, "train/x/x_0", np.zeros((8, 16, 3), np.uint8), ids)
     with pytest.raises(UserError, match=f"x_0_gtFine_labelIds.png: .*{message}"):
-        cityscapes.inspect(tmp_path, Found("train", pair("train/x/x_0")))
+        cityscapes.inspect(tmp_path, pair("train/x/x_0"))
 
 
 def test_rows_count_the_pixels(root: Path) -> None:
@@ -116,16 +114,20 @@ def test_scales_are_the_published_ones_and_labels_follow_the_image() -> None:
     assert min(seen) == 32 and max(seen) == 80
 
 
+def validation(root: Path, manifest: Path, size: list[int] | None = None) -> FileDataset:
+    samples = Split(root, manifest, "val", {"test_size": size, "crop": [8, 8]})
+    return FileDataset(samples, spread(len(samples), None), FACTS)
+
+
 def test_evaluation_is_the_whole_picture_optionally_resized(
     root: Path, manifest_of: Callable
 ) -> None:
     manifest = manifest_of(cityscapes, root)
-    whole = FileDataset(Cityscapes(root, manifest, "val"), FACTS)
+    whole, half = validation(root, manifest), validation(root, manifest, [16, 32])
     images, targets = whole[Keys(0, [1, 0])]
     assert images.shape == (2, 3, 32, 64)
     assert targets.shape == (2, 32, 64) and targets.dtype == torch.int64
     assert set(targets.unique().tolist()) <= {*range(19), IGNORE}
-    half = FileDataset(Cityscapes(root, manifest, "val", test_size=(16, 32)), FACTS)
     assert half[Keys(0, [0])][1].shape == (1, 16, 32)
     assert set(half[Keys(0, [0])][1].unique().tolist()) <= set(targets.unique().tolist())
     ids = cv2.imread(str(root / whole.samples.files[0][2]), cv2.IMREAD_UNCHANGED)
@@ -135,14 +137,12 @@ def test_evaluation_is_the_whole_picture_optionally_resized(
 
 
 def test_pictures_of_several_sizes_need_a_test_size(root: Path, manifest_of: Callable) -> None:
-    write_pair(
-        root, "val/ulm/ulm_1", np.zeros((20, 30, 3), np.uint8), np.full((20, 30), 7, np.uint8)
-    )
+    ids = np.full((20, 30), 7, np.uint8)
+    write_pair(root, "val/ulm/ulm_1", np.zeros((20, 30, 3), np.uint8), ids)
     manifest = manifest_of(cityscapes, root)
     with pytest.raises(UserError, match="several sizes .*set test_size"):
-        FileDataset(Cityscapes(root, manifest, "val"), FACTS)[Keys(0, [0, 1, 2])]
-    resized = FileDataset(Cityscapes(root, manifest, "val", test_size=(16, 24)), FACTS)
-    assert resized[Keys(0, [0, 1, 2])][0].shape == (3, 3, 16, 24)
+        validation(root, manifest)[Keys(0, [0, 1, 2])]
+    assert validation(root, manifest, [16, 24])[Keys(0, [0, 1, 2])][0].shape == (3, 3, 16, 24)
 
 
 def test_what_is_missing_is_said_with_how_to_fetch_it(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_is_missing_is_said_with_how_to_fetch_it(tmp_path: Path) -> None:
 
 def test_the_official_tool_scores_predictions_as_we_do(root: Path, manifest_of: Callable) -> None:
     """Class by class: it finds our files by name, reads our ids, and generated instances."""
-    samples = Cityscapes(root, manifest_of(cityscapes, root), "val")
+    samples = Split(root, manifest_of(cityscapes, root), "val", {})
     matrix = ConfusionMatrix(19)
     rng = np.random.default_rng(0)
     folder = root / "predictions"

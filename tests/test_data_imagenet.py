@@ -13,11 +13,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipeline.data import generated, imagenet
-from pipeline.data.imagenet import ImageNet
-from pipeline.data.loading import FileDataset, Keys
+from pipeline.data.imagenet import Split
+from pipeline.data.loading import FileDataset, Keys, spread
 from pipeline.errors import UserError
 from pipeline.sets import SETS
 from pipeline.settings import GeneratedImageNet
+from pipeline.stages import prepare
 
 FACTS = SETS["imagenet"]
 
@@ -41,7 +42,7 @@ def jpeg() -> bytes:
 
 def test_rows_say_what_is_there(root: Path) -> None:
     rows = [imagenet.inspect(root, found) for found in imagenet.find(root)]
-    assert imagenet.counts(rows) == {
+    assert prepare.counts(imagenet, rows) == {
         "train": {"n01558993": 3, "n01644373": 3},
         "val": {"n01558993": 2, "n01644373": 2},
     }
@@ -89,7 +90,7 @@ def test_a_flat_val_is_recognised_before_anything_is_read(
 
 
 def test_evaluation_crops_as_torchvision_does(root: Path, manifest_of: Callable) -> None:
-    samples = ImageNet(root, manifest_of(imagenet, root), "val", size=64)
+    samples = Split(root, manifest_of(imagenet, root), "val", {"image": 64})
     reference = v2.Compose(
         [
             v2.Resize(round(64 * 256 / 224)),
@@ -99,7 +100,7 @@ def test_evaluation_crops_as_torchvision_does(root: Path, manifest_of: Callable)
             v2.Normalize(FACTS.mean, FACTS.std),
         ]
     )
-    images, labels = FileDataset(samples, FACTS)[Keys(0, [0, 1, 2, 3])]
+    images, labels = FileDataset(samples, spread(4, None), FACTS)[Keys(0, [0, 1, 2, 3])]
     assert labels.tolist() == [0, 0, 1, 1]
     for i in range(4):
         expected = reference(Image.open(root / samples.name(i)).convert("RGB"))

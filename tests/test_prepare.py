@@ -13,31 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import DRAWN
 from PIL import Image
 
-from pipeline.data import cifar10, generated, imagenet, sheet
+from pipeline.data import cifar10, generated, imagenet
 from pipeline.data.loading import Keys
-from pipeline.data.manifest import Manifest, data_root
+from pipeline.data.manifest import data_root, read_columns
 from pipeline.data.readers import evaluation_data
 from pipeline.errors import UserError
 from pipeline.machine import Machine
-from pipeline.settings import (
-    GeneratedCifar10,
-    GeneratedCityscapes,
-    GeneratedImageNet,
-    PrepareParams,
-)
+from pipeline.settings import GeneratedCifar10, PrepareParams
 from pipeline.stages import prepare
 
 PARAMS = {
-    "cifar10": PrepareParams(source="generated", generated=GeneratedCifar10(train=20, test=10)),
-    "imagenet": PrepareParams(
-        source="generated",
-        generated=GeneratedImageNet(classes=2, train_per_class=2, val_per_class=1),
-    ),
-    "cityscapes": PrepareParams(
-        source="generated", generated=GeneratedCityscapes(train=2, val=1, height=32, width=64)
-    ),
+    name: PrepareParams(source="generated", generated=params) for name, params in DRAWN.items()
 }
 FOLDER = PrepareParams(source="folder")
 
@@ -63,7 +52,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     inspect = imagenet.inspect
     monkeypatch.setattr(
-        imagenet, "inspect", lambda root, one: paths.append(one.files[0]) or inspect(root, one)
+        imagenet, "inspect", lambda root, one: paths.append(one[0]) or inspect(root, one)
     )
     return paths
 
@@ -84,9 +73,9 @@ def test_outputs_and_the_same_bytes_again(
     prepare.run(name, PARAMS[name], machine)
     first, rest = outputs(name), without_run(name)
     assert set(first) == set(prepare.OUTPUTS)
-    manifest = Manifest.read(Path("results/data", name, "manifest.csv"))
+    (paths,) = read_columns(Path("results/data", name, "manifest.csv"), "train", "path")
     root = data_root(name, "generated", machine)
-    assert all((root / path).is_file() for path in manifest["path"])
+    assert paths and all((root / path).is_file() for path in paths)
     summary = json.loads(first["summary.json"])
     assert (summary["set"], summary["source"]) == (name, "generated")
     assert sum(summary["images"].values()) == {"cifar10": 30, "imagenet": 6, "cityscapes": 3}[name]
@@ -248,7 +237,7 @@ def archive(machine: Machine) -> None:
 def test_killed_at_any_moment_the_same_command_gives_the_same(
     machine: Machine, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sheet, "contact_sheet", lambda *_: Image.new("RGB", (9, 9)))  # in less time
+    monkeypatch.setattr(prepare, "_sheet", lambda *_: b"a picture")  # in less time
     params = PARAMS["cifar10"]
     if source == "archive":
         archive(machine)

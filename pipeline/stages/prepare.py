@@ -11,16 +11,20 @@ from __future__ import annotations
 import io
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
 from pipeline import tracking
-from pipeline.data import cifar10, cityscapes, generated, imagenet, manifest, pictures, sheet
-from pipeline.data.manifest import Found, Row, data_root
+from pipeline.data import cifar10, cityscapes, generated, imagenet, manifest, pictures
+from pipeline.data.manifest import Row, data_root
 from pipeline.errors import UserError, escaped
 from pipeline.files import digest, file_digest, locked, read_json, remove_partial, write, write_json
 from pipeline.progress import track
@@ -30,26 +34,20 @@ if TYPE_CHECKING:
     from pipeline.machine import Machine
     from pipeline.settings import PrepareParams
 
-CHUNK = 4096  # files given to the threads at a time
-OUTPUTS = (
-    "manifest.csv",
-    "contact_sheet.png",
-    "run.jsonl",
-    "summary.json",
-)  # the last one completes them
+OUTPUTS = ("manifest.csv", "contact_sheet.png", "run.jsonl", "summary.json")
 ROWS, PROOF = "rows.json", "proof.json"
-
-
 FORMATS: dict[str, Any] = {"cifar10": cifar10, "imagenet": imagenet, "cityscapes": cityscapes}
-"""Each offers unpack_archives, find, inspect, check (what no single row shows), counts and samples.
-
-All raise a UserError that names the file if the data are missing or not as they must be.
+"""Each offers unpack_archives, find (the files of each row), inspect (makes a row of them), tally
+(what the row adds to the counts of its split), check (what no single row shows) and samples. All
+raise a UserError that names the file if the data are missing or not as they must be.
 """
 SHEETS = {  # pictures per group, groups side by side, width and height of a picture
     "cifar10": (8, 2, (64, 64)),
     "imagenet": (6, 1, (132, 120)),
     "cityscapes": (6, 2, (400, 200)),
 }
+PAPER, INK, FAINT, FRAME = (250, 250, 248), (30, 34, 40), (120, 126, 134), (226, 226, 222)
+GAP, LABEL, TITLE = 8, 22, 66
 
 
 def run(name: str, params: PrepareParams, machine: Machine) -> None:
@@ -77,25 +75,25 @@ def _run(name: str, params: PrepareParams, machine: Machine, kept: Path) -> None
     else:
         form.unpack_archives(root)
     found = form.find(root)
-    stamps = [[_stamp(root, path) for path in one.files] for one in found]
-    inputs = digest(json.dumps([_code(form), asdict(params), str(root.resolve()), stamps]).encode())
+    stamps = [json.dumps([_stamp(root, path) for path in paths]) for paths in found]
+    code = [file_digest(Path(str(m.__file__))) for m in (manifest, pictures, form)]
+    code.append(file_digest(Path(__file__)))
+    inputs = digest(json.dumps([code, asdict(params), str(root.resolve()), stamps]).encode())
     if _proven(kept, inputs):
         for output in OUTPUTS:
             write(target / output, (kept / output).read_bytes())
         return
     (kept / PROOF).unlink(missing_ok=True)
-    rows = _rows(form, root, found, stamps, kept, machine)
-    form.check(root, rows)
-    summary = _summary(name, params.source, rows)
+    rows = _rows(name, root, found, stamps, code, kept / ROWS, machine)
+    summary = _summary(name, params.source, root, rows)
     with tracking.start("prepare", name, asdict(params), machine, target / "run.jsonl") as run:
         write(target / "manifest.csv", manifest.to_csv(rows))
         write(target / "contact_sheet.png", _sheet(name, root, rows, summary))
         text = json.dumps(summary, indent=2) + "\n"  # ASCII: names may hold any bytes
         write(target / "summary.json", text.encode())
         run.dataset(name, summary["manifest"], params.source)
-        for output in OUTPUTS:
-            if output != "run.jsonl":
-                run.artifact(target / output)
+        for output in ("manifest.csv", "contact_sheet.png", "summary.json"):
+            run.artifact(target / output)
     for output in OUTPUTS:
         write(kept / output, (target / output).read_bytes())
     write_json(kept / PROOF, {"inputs": inputs, "outputs": _digests(kept)})
@@ -106,13 +104,6 @@ def _stamp(root: Path, path: str) -> tuple[str, int, int, int]:
     """A file's path, and what changes when its content does; no program can set ctime back."""
     status = os.stat(f"{root}/{path}")
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _code(form: ModuleType) -> list[str]:
-    """The digests of the code that makes the outputs."""
-    modules = (manifest, pictures, sheet, form)
-    files = [__file__, *(str(module.__file__) for module in modules)]
-    return [file_digest(Path(file)) for file in files]
 
 
 def _proven(kept: Path, inputs: str) -> bool:
@@ -129,82 +120,106 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _rows(
-    form: ModuleType,
+    name: str,
     root: Path,
-    found: list[Found],
-    stamps: list[Any],
-    kept: Path,
+    found: Sequence[tuple[str, ...]],
+    stamps: list[str],
+    code: list[str],
+    cache: Path,
     machine: Machine,
 ) -> list[Row]:
     """Reads, in threads, the files that are new or have another stamp than when last read.
 
     What was read is kept also when a file is found broken: the rest is not read again.
     """
-    code = _code(form)
-    known = {json.dumps(stamp): row for stamp, row in _known(kept / ROWS, code)}
-    rows: list[Row | None] = [known.get(json.dumps(stamp)) for stamp in stamps]
-    new = [i for i, row in enumerate(rows) if row is None]
-    chunks = (new[i : i + CHUNK] for i in range(0, len(new), CHUNK))
+    known = _known(cache, code)
+    new = [i for i, stamp in enumerate(stamps) if stamp not in known]
+    inspect = partial(FORMATS[name].inspect, root)
     try:
-        with ThreadPoolExecutor(machine.threads or os.cpu_count()) as pool:
-            read = chain.from_iterable(
-                pool.map(lambda i: form.inspect(root, found[i]), part) for part in chunks
-            )
+        with ThreadPool(machine.threads) as pool:
+            read = pool.imap(inspect, [found[i] for i in new])
             for i, row in zip(new, track(read, "Reading the data", len(new)), strict=True):
-                rows[i] = row
+                known[stamps[i]] = row
     finally:
-        done = [(stamp, row) for stamp, row in zip(stamps, rows, strict=True) if row is not None]
+        done = {stamp: known[stamp] for stamp in stamps if stamp in known}
         content = json.dumps([code, done]).encode()
-        write(kept / ROWS, digest(content).encode() + content)
-    return [row for row in rows if row is not None]
+        write(cache, digest(content).encode() + content)
+    return [known[stamp] for stamp in stamps]
 
 
-def _known(path: Path, code: list[str]) -> list[tuple[Any, Row]]:
-    """The stamps and rows of an earlier run of the same code; none if the file is not whole."""
+def _known(cache: Path, code: list[str]) -> dict[str, Row]:
+    """The rows of an earlier run of the same code, by stamp; none if the file is not whole."""
     try:
-        content = path.read_bytes()
+        content = cache.read_bytes()
     except OSError:
-        return []
+        return {}
     if content[:32] != digest(content[32:]).encode():
-        return []
-    made_by, done = json.loads(content[32:])
-    return done if made_by == code else []
+        return {}
+    made_by, rows = json.loads(content[32:])
+    return rows if made_by == code else {}
 
 
-def _summary(name: str, source: str, rows: list[Row]) -> dict[str, Any]:
-    counts = FORMATS[name].counts(rows)
-    images = dict.fromkeys(counts, 0)
+def counts(form: Any, rows: list[Row]) -> dict[str, Counter[str]]:
+    """What the rows of each split add up to, by class."""
+    found: dict[str, Counter[str]] = {}
+    for row in rows:
+        found.setdefault(str(row["split"]), Counter()).update(form.tally(row))
+    return found
+
+
+def _summary(name: str, source: str, root: Path, rows: list[Row]) -> dict[str, Any]:
+    found = counts(FORMATS[name], rows)
+    FORMATS[name].check(root, found)
+    images: Counter[str] = Counter()
     for row in rows:
         images[str(row["split"])] += int(row.get("images", 1))
-    classes = [label for label in counts["train"] if label != "ignored"]
     return {
         "set": name,
         "source": source,
-        "classes": len(classes),
+        "classes": len(found["train"].keys() - {"ignored"}),
         "images": images,
-        "bytes": sum(
-            int(row[column]) for row in rows for column in ("bytes", "label_bytes") if column in row
-        ),
+        "bytes": sum(int(row["bytes"]) + int(row.get("label_bytes", 0)) for row in rows),
         "manifest": digest(manifest.to_csv(rows)),
-        "counts": counts,
+        "counts": found,
     }
-
-
-def _sheet(name: str, root: Path, rows: list[Row], summary: dict[str, Any]) -> bytes:
-    each, columns, cell = SHEETS[name]
-    facts = [
-        summary["source"],
-        _sizes(summary),
-        f"{summary['classes']} classes",
-        summary["manifest"][:12],
-    ]
-    groups = [(escaped(label), shown) for label, shown in FORMATS[name].samples(root, rows, each)]
-    content = io.BytesIO()
-    sheet.contact_sheet(SETS[name].title, " · ".join(facts), groups, cell, columns).save(
-        content, "PNG"
-    )
-    return content.getvalue()
 
 
 def _sizes(summary: dict[str, Any]) -> str:
     return ", ".join(f"{count:,} {split}" for split, count in summary["images"].items()) + " images"
+
+
+def _sheet(name: str, root: Path, rows: list[Row], summary: dict[str, Any]) -> bytes:
+    """The contact sheet of a set as a PNG file."""
+    each, columns, cell = SHEETS[name]
+    classes = f"{summary['classes']} classes"
+    note = [summary["source"], _sizes(summary), classes, summary["manifest"][:12]]
+    groups = FORMATS[name].samples(root, rows, each)
+    sheet = contact_sheet(SETS[name].title, " · ".join(note), groups, cell, columns)
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    return content.getvalue()
+
+
+def contact_sheet(
+    title: str,
+    note: str,
+    groups: Sequence[tuple[str, Sequence[np.ndarray]]],
+    cell: tuple[int, int],
+    columns: int,
+) -> Image.Image:
+    """Lays out named groups of RGB pictures, each fitted into a cell (width, height)."""
+    each = max(len(shown) for _, shown in groups)
+    width, height = each * (cell[0] + GAP) + 2 * GAP, cell[1] + LABEL + 2 * GAP
+    lines = -(-len(groups) // columns)
+    sheet = Image.new("RGB", (columns * width + 2 * GAP, TITLE + lines * height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((2 * GAP, 10), title, INK, ImageFont.load_default(22))
+    pen.text((2 * GAP, 38), note, FAINT, ImageFont.load_default(13))
+    for number, (name, shown) in enumerate(groups):
+        line, column = divmod(number, columns)
+        left, top = 2 * GAP + column * width, TITLE + line * height
+        pen.text((left, top), escaped(name), INK, ImageFont.load_default(14))
+        for i, pixels in enumerate(shown):
+            picture = ImageOps.pad(Image.fromarray(pixels), cell, color=FRAME)
+            sheet.paste(picture, (left + i * (cell[0] + GAP), top + LABEL))
+    return sheet
