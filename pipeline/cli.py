@@ -194,7 +194,6 @@ def predict(
     out: Annotated[Path | None, Option(help="For scenes; else predictions/<number>.")] = None,
     form: Annotated[Literal["lines", "json", "csv"], Option("--format", help="Printed.")] = "lines",
     video: Annotated[bool, Option("--video", help="A folder has a video's frames.")] = False,
-    labels: Annotated[Path | None, Option(help="Has *_gtFine_labelIds.png: adds mIoU.")] = None,
     steps: Annotated[int | None, Option(min=1, help="Solver's limit; else as trained.")] = None,
     tolerance: Annotated[float | None, Option(min=0, help="Solver's; else as trained.")] = None,
     height: Annotated[int | None, Option(min=1, help="Of scenes; else as evaluated.")] = None,
@@ -207,7 +206,7 @@ def predict(
     chosen = _late("machine").Machine.from_environment(device)
     limits = {"steps": steps, "tolerance": tolerance, "height": height}
     predictor = _late("predict").Predictor(_late("weights").find(model), chosen, **limits)
-    _late("predict").run(predictor, sources, out, video=video, labels=labels, form=form)
+    _late("predict").run(predictor, sources, out, video=video, form=form)
 
 
 @_other()
@@ -226,7 +225,7 @@ def publish(
 
     Example: `python -m pipeline publish classify mdeq-small cifar10-mdeq-small`
     """
-    typer.echo(_late("weights").publish(stage, model, name))
+    typer.echo(_late("zoo").publish(stage, model, name))
 
 
 @_other()
@@ -239,7 +238,7 @@ def import_weights(
 
     Example: `python -m pipeline import-weights MDEQ_Small_Cls.pkl --model imagenet-mdeq-small`
     """
-    typer.echo(_late("weights").import_weights(file, model, out))
+    typer.echo(_late("zoo").import_weights(file, model, out))
 
 
 @_other()

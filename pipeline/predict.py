@@ -11,11 +11,8 @@ import itertools
 import json
 import os
 import re
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +35,6 @@ from pipeline.machine import Machine
 from pipeline.progress import say, track
 from pipeline.sets import SETS
 from pipeline.train.checkpoints import load_model
-from pipeline.train.metrics import ConfusionMatrix
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
@@ -46,64 +42,45 @@ FPS = 17.0  # of a folder's frames: that of Cityscapes' sequences
 BEST = 5  # classes that scripts get per picture
 SHOWN = 3  # of them for people
 
-Form = Literal["lines", "json", "csv"]
 Frames = Iterator[tuple[str, np.ndarray]]  # name and pixels (H, W, 3) RGB uint8 of each
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model sees in a picture.
+    """What a model sees in a picture."""
 
-    Attributes:
-        shares: (classes,) the probability of each class, or its share of the pixels.
-        labels: (H, W) uint8, the class of each pixel; None from a classifier.
-        solution: How the equilibrium was found; None from a model without one.
-    """
-
-    shares: np.ndarray
-    labels: np.ndarray | None
-    solution: Solution | None
+    shares: np.ndarray  # (classes,) the probability of each class, or its share of the pixels
+    labels: np.ndarray | None  # (H, W) uint8, the class of each pixel; None from a classifier
+    solution: Solution | None  # how the equilibrium was found; None without one
 
 
 class Predictor:
-    """A model that takes pictures.
+    """A model file that takes pictures.
 
-    Args:
-        model: Its file.
-        machine: Where it runs.
-        steps: Limit on the solver's updates; None for that of the file.
-        tolerance: Relative residual at which the solver stops; None for that of the file.
-        height: At which street scenes are segmented; None for that of the model's evaluation.
-
-    Raises:
-        UserError: The file is not a model, or does not say what it was trained on.
+    `limits` are the solver's steps and tolerance, `height` is that at which street scenes are
+    segmented; where None, they are as in the model's evaluation. Raises UserError if the file is
+    not a model, or does not say what it was trained on.
     """
 
     def __init__(
-        self,
-        model: Path,
-        machine: Machine,
-        *,
-        steps: int | None = None,
-        tolerance: float | None = None,
-        height: int | None = None,
+        self, model: Path, machine: Machine, height: int | None = None, **limits: float | None
     ) -> None:
         machine.use_threads()
         self.device, self.height = machine.device, height
         self.network, architecture, self.facts = load_model(model, machine.device)
-        names, params = self.facts.get("names"), self.facts.get("params")
-        known = self.facts.get("dataset") in list(SETS) and isinstance(params, dict)
-        if not known or not isinstance(names, list) or len(names) != architecture.classes:
+        try:
+            self.dataset = SETS[self.facts["dataset"]]
+            self.params = dict(self.facts["params"])
+            self.names = words([str(name) for name in self.facts["names"]])
+        except (KeyError, TypeError):
+            self.names = []
+        if len(self.names) != architecture.classes:
             raise UserError(f"{model}: does not name its data set and classes; import it again")
-        self.dataset = SETS[self.facts["dataset"]]
-        self.params: dict[str, Any] = self.facts["params"]
-        self.names = words([str(name) for name in names])
         self.segments = self.dataset.name == "cityscapes"
         if isinstance(self.network, Network):
-            limits: dict[str, Any] = {"steps": steps, "tolerance": tolerance}
-            limits = {name: value for name, value in limits.items() if value is not None}
+            given: Any = {name: value for name, value in limits.items() if value is not None}
             backbone = self.network.backbone
-            backbone.forward_solver = replace(backbone.forward_solver, check_every=1, **limits)
+            backbone.forward_solver = replace(backbone.forward_solver, check_every=1, **given)
 
     @torch.no_grad()
     def __call__(self, picture: np.ndarray, z0: Tensor | None = None) -> Answer:
@@ -138,111 +115,78 @@ class Predictor:
         if self.height is not None:
             height = self.height
             width = max(1, round(picture.shape[1] * height / picture.shape[0]))
-        return cityscapes.resized(picture, picture[..., 0], height, width)[0]
+        return cv2.resize(picture, (width, height))
 
 
 def words(names: list[str]) -> list[str]:
-    """ImageNet's WordNet ids in words, other names as they are.
-
-    torchvision has the words of the full 1,000 classes, in the order of their ids. Those of a
-    subset come from timm, if it is installed; else the ids stay.
-    """
-    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
-        return names
-    if len(names) == SETS["imagenet"].classes:
-        from torchvision.models import ResNet50_Weights
-
-        return list(ResNet50_Weights.DEFAULT.meta["categories"])
-    if find_spec("timm") is None:
-        return names
-    from timm.data import ImageNetInfo  # pyright: ignore[reportMissingImports]
-
-    known = ImageNetInfo().label_descriptions(as_dict=True)
-    return [known.get(name, name) for name in names]
+    """The WordNet ids of all ImageNet's classes in words; other names as they are."""
+    ids = all(re.fullmatch(r"n\d{8}", name) for name in names)
+    return imagenet_names() if ids and len(names) == SETS["imagenet"].classes else names
 
 
-# ---- what is predicted
+def imagenet_names() -> list[str]:
+    """The classes in words, in the order of their WordNet ids."""
+    from torchvision.models import ResNet50_Weights
+
+    return list(ResNet50_Weights.DEFAULT.meta["categories"])
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A picture, or the frames of a video, which has an `fps`."""
+    """A picture, or a video, which has an `fps`."""
 
     name: str
-    frames: Callable[[], Frames]
+    frames: Frames
     count: int = 1
     fps: float | None = None
 
 
 def clips(sources: Sequence[Path], video: bool) -> list[Clip]:
-    """What the sources hold.
+    """What the sources hold; with `video`, a folder's pictures are the frames of one, by name.
 
-    Args:
-        sources: Pictures, folders of pictures, videos.
-        video: A folder's pictures are the frames of a video, in the order of their names.
-
-    Raises:
-        UserError: A source is none of them, or a folder has no picture.
+    Raises UserError if a source is no picture, folder of pictures, or video.
     """
-    return [clip for source in sources for clip in _clips(source, video)]
+    found = []
+    for source in sources:
+        try:
+            found += _clips(source, video)
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+    return found
 
 
 def _clips(source: Path, video: bool) -> list[Clip]:
-    if os.path.isdir(source):  # unlike Path.is_dir, for names of any length
-        paths = pictures(source)
+    if source.is_dir():
+        names = [name for name in sorted(os.listdir(source)) if name[0] != "."]
+        paths = [source / name for name in names if name.lower().endswith(PICTURES)]
+        if not paths:
+            raise UserError(f"{source}: no picture in it ({' '.join(PICTURES)})")
         if video:
-            return [Clip(str(source), partial(_read, paths), len(paths), FPS)]
-        return [_picture(path) for path in paths]
-    if not os.path.exists(source):
+            return [Clip(str(source), _pictures(paths), len(paths), FPS)]
+        return [Clip(str(path), _pictures([path])) for path in paths]
+    if not source.is_file():
         raise UserError(f"{source}: no such file or folder")
-    return [_video(source) if source.suffix.lower() in VIDEOS else _picture(source)]
+    if source.suffix.lower() in VIDEOS:
+        return [_video(source)]
+    return [Clip(str(source), _pictures([source]))]
 
 
-def _picture(path: Path) -> Clip:
-    return Clip(str(path), partial(_read, [path]))
-
-
-def pictures(folder: Path) -> list[Path]:
-    """The pictures right in a folder, in the order of their names; hidden files are left out.
-
-    Raises:
-        UserError: There are none, or the folder cannot be read.
-    """
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-    found = [name for name in names if name.lower().endswith(PICTURES) and name[0] != "."]
-    if not found:
-        raise UserError(f"{folder}: no picture in it ({' '.join(PICTURES)})")
-    return [folder / name for name in found]
-
-
-def _read(paths: list[Path]) -> Frames:
+def _pictures(paths: list[Path]) -> Frames:
     for path in paths:
         yield str(path), read_picture(path, upright=True)
 
 
 def _video(path: Path) -> Clip:
-    """A video, opened by number: OpenCV crashes on names that are not UTF-8 and waits for FIFOs."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # `_film` reports what cannot be read
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # `_frames` says what cannot be read
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
-    try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise UserError(f"{path}: not a file")
-        film = cv2.VideoCapture(f"/dev/fd/{number}", cv2.CAP_FFMPEG)
-    finally:
-        os.close(number)
+    with path.open("rb") as file:  # by number, for OpenCV crashes on names that are not UTF-8
+        film = cv2.VideoCapture(f"/dev/fd/{file.fileno()}", cv2.CAP_FFMPEG)
     count, fps = film.get(cv2.CAP_PROP_FRAME_COUNT), film.get(cv2.CAP_PROP_FPS)
     fps = fps if 1 <= fps <= 1000 else FPS
-    return Clip(str(path), partial(_film, path, film), max(2, int(count)), fps)
+    return Clip(str(path), _frames(path, film), max(1, int(count)), fps)
 
 
-def _film(path: Path, film: cv2.VideoCapture) -> Frames:
+def _frames(path: Path, film: cv2.VideoCapture) -> Frames:
     number = 0
     while (read := film.read())[0]:
         number += 1
@@ -251,68 +195,39 @@ def _film(path: Path, film: cv2.VideoCapture) -> Frames:
         raise UserError(f"{path}: not a readable video")
 
 
-def answers(predictor: Predictor, clip: Clip) -> Iterator[tuple[str, np.ndarray, Answer]]:
-    """Name, pixels and answer of each frame; a solve starts from the last frame's equilibrium.
-
-    Raises:
-        UserError: A frame cannot be read, or has another size than the first.
-    """
-    state, shape = None, None
-    frames = clip.frames() if clip.fps is None else track(clip.frames(), clip.name, clip.count)
-    for name, picture in frames:
-        if shape not in (None, picture.shape):
-            raise UserError(f"{name}: not of the size of the frames before it; omit --video")
-        answer = predictor(picture, state)
-        yield name, picture, answer
-        state, shape = answer.solution.value if answer.solution else None, picture.shape
-
-
-# ---- what is printed and written
-
-
 def run(
     predictor: Predictor,
     sources: Sequence[Path],
     out: Path | None = None,
     *,
     video: bool = False,
-    labels: Path | None = None,
-    form: Form = "lines",
+    form: Literal["lines", "json", "csv"] = "lines",
 ) -> None:
     """Predicts `sources` and prints what is seen; street scenes are also drawn.
 
     Args:
         predictor: The model.
         sources: Pictures, folders of pictures, videos.
-        out: The folder to make for pictures; None for the next free predictions/<number>.
+        out: The folder to make for street scenes; None for the next free predictions/<number>.
         video: A folder's pictures are the frames of a video.
-        labels: Below this folder lie label ids, named as Cityscapes names them: adds the mIoU.
         form: A line per picture or video; or JSON or CSV for scripts, with every frame.
 
     Raises:
-        UserError: A source cannot be read, or `out` exists, or an argument does not fit the model.
+        UserError: A source cannot be read, or `out` exists or does not fit the model.
     """
-    if (out or labels) and not predictor.segments:
-        raise UserError("--out and --labels: for segmentation; this model classifies")
+    if out and not predictor.segments:
+        raise UserError("--out: is for segmentation; this model classifies")
     found = clips(sources, video)
     if predictor.facts.get("source") == "generated":
         say("note: this model was trained on generated pictures, not on photos")
-    scenes = Scenes(new_folder(out), labels) if predictor.segments else None
+    scenes = Scenes(new_folder(out)) if predictor.segments else None
     width = max(len(escaped(clip.name)) for clip in found)
-    frames: list[dict[str, Any]] = []
+    frames = []
     for clip in found:
-        shares = []
-        for name, picture, answer in answers(predictor, clip):
-            shares.append(answer.shares)
-            frame: dict[str, Any] = {"path": name, "classes": predictor.best(answer.shares)}
-            if answer.solution:
-                frame["evaluations"] = answer.solution.nfe
-                frame["residual"] = float(answer.solution.relative)
-            if scenes and answer.labels is not None:
-                frame["files"] = scenes.write(clip, name, picture, answer.labels)
-            frames.append(frame)
+        rows, shares = see(predictor, clip, scenes)
+        frames += rows
         if form == "lines":
-            best = predictor.best(np.mean(shares, axis=0), SHOWN).items()
+            best = predictor.best(shares, SHOWN).items()
             seen = "  ".join(f"{escaped(name)} {100 * share:.0f} %" for name, share in best)
             print(f"{escaped(clip.name):<{width}}  {seen}", flush=True)
     if form == "json":
@@ -321,94 +236,83 @@ def run(
         rows = [(escaped(f["path"]), *pair) for f in frames for pair in f["classes"].items()]
         print(pd.DataFrame(rows, columns=["path", "class", "share"]).to_csv(index=False), end="")
     if scenes:
-        say(scenes.close())
+        say(f"{scenes.folder}: pictures of {scenes.number} scenes")
+
+
+def see(
+    predictor: Predictor, clip: Clip, scenes: Scenes | None
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """What JSON has of each frame, and the mean shares; a solve starts from the last equilibrium.
+
+    Raises UserError if a frame cannot be read, or has another size than the first.
+    """
+    rows, shares, state, shape = [], [], None, None
+    for name, picture in track(clip.frames, clip.name, clip.count) if clip.fps else clip.frames:
+        if shape not in (None, picture.shape):
+            raise UserError(f"{name}: not of the size of the frames before it; omit --video")
+        answer = predictor(picture, state)
+        row: dict[str, Any] = {"path": name, "classes": predictor.best(answer.shares)}
+        if answer.solution:
+            row["evaluations"] = answer.solution.nfe
+            row["residual"] = float(answer.solution.relative)
+        if scenes and answer.labels is not None:
+            row["files"] = scenes.write(name, picture, answer.labels, clip.fps)
+        rows.append(row)
+        shares.append(answer.shares)
+        state, shape = answer.solution.value if answer.solution else None, picture.shape
+    if scenes:
+        scenes.film.release()
+    return rows, np.mean(shares, axis=0)
 
 
 def new_folder(out: Path | None) -> Path:
-    """A folder that did not exist: `out`, or the next free predictions/<number>.
-
-    Raises:
-        UserError: `out` exists, or cannot be made.
-    """
+    """Makes `out`, or the next free predictions/<number>; UserError if it exists, or cannot be."""
     numbered = (Path("predictions", str(number)) for number in itertools.count(1))
-    for folder in [out] if out else numbered:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); use --out") from None
-    raise UserError(f"--out {out}: exists; name a new folder, so that nothing is written over")
+    folder = out or next(path for path in numbered if not os.path.lexists(path))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        reason = f"cannot be made ({error.strerror})"
+        raise UserError(f"{folder}: {reason}; name a new folder with --out") from None
+    return folder
 
 
 class Scenes:
-    """Pictures of segmented street scenes in a new folder, and the mIoU where labels are known.
+    """Writes segmented street scenes into a folder.
 
     Each scene has a number, so that no two files have one name: 0001-a.png shows the classes over
     a.png, 0001-a.labels.png has them in Cityscapes' colours. Of a video the former are one film,
-    0001-a.mp4.
+    0001-a.mp4; the caller releases it.
     """
 
-    def __init__(self, folder: Path, labels: Path | None) -> None:
-        self._folder, self._number = folder, 0
-        self._matrix = ConfusionMatrix(len(cityscapes.class_names()))
-        self._clip: Clip | None = None
-        self._film = cv2.VideoWriter()
-        end = cityscapes.LABEL_END
-        found = labels.rglob(f"*{end}") if labels else ()
-        self._truths = {path.name.removesuffix(end): path for path in found}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.number = folder, 0
+        self.film = cv2.VideoWriter()
 
-    def write(self, clip: Clip, name: str, picture: np.ndarray, labels: np.ndarray) -> list[str]:
-        """Writes a frame and returns the names of its files.
-
-        Raises:
-            UserError: A file cannot be written, or its true labels have another size.
-        """
-        self._number += 1
+    def write(
+        self, name: str, picture: np.ndarray, labels: np.ndarray, fps: float | None
+    ) -> list[str]:
+        """Writes a picture, or a frame of a video; returns the names of its own files."""
+        self.number += 1
         safe = re.sub(r"[^\w-]+", "_", Path(name).stem)[:40]  # no longer than a file system allows
-        stem = f"{self._folder}/{self._number:04}-{safe}"
+        stem = f"{self.folder}/{self.number:04}-{safe}"
         overlay = cityscapes.overlay(picture, labels)
-        written = [f"{stem}.labels.png"]
-        _save(written[0], cityscapes.colours()[labels])
-        if clip.fps:
-            self._add(clip, f"{stem}.mp4", clip.fps, overlay)
+        drawn = {f"{stem}.labels.png": cityscapes.colours()[labels]}
+        if fps:
+            self._add(f"{stem}.mp4", fps, overlay)
         else:
-            written.append(f"{stem}.png")
-            _save(written[1], overlay)
-        self._compare(name, labels)
-        return written
+            drawn[f"{stem}.png"] = overlay
+        for path, pixels in drawn.items():
+            files.write(Path(path), cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+        return list(drawn)
 
-    def close(self) -> str:
-        """Completes the last film; what was written, and the mIoU."""
-        self._film.release()
-        text = f"{self._folder}: pictures of {self._number} scenes"
-        if self._truths:
-            text += f"; mIoU {self._matrix.compute()['eval/miou']:.2f} % of those with labels"
-        return text
-
-    def _add(self, clip: Clip, path: str, fps: float, overlay: np.ndarray) -> None:
+    def _add(self, path: str, fps: float, overlay: np.ndarray) -> None:
         height, width = (side - side % 2 for side in overlay.shape[:2])  # what the codec takes
-        if self._clip is not clip:
-            code = cv2.VideoWriter.fourcc(*"mp4v")
-            self._film.release()
-            if not self._film.open(path, code, fps, (width, height)):
-                raise UserError(f"{path}: this OpenCV cannot write mp4; omit --video")
-            self._clip = clip
-        self._film.write(np.ascontiguousarray(overlay[:height, :width, ::-1]))
-
-    def _compare(self, name: str, labels: np.ndarray) -> None:
-        path = self._truths.get(Path(name).name.removesuffix(cityscapes.IMAGE_END))
-        if path is None:
-            return
-        truth = cityscapes.read_label(path.parent, path.name, path.read_bytes())
-        if truth.shape != labels.shape:
-            raise UserError(f"{path}: not of the size of its picture")
-        self._matrix.add(torch.from_numpy(labels), torch.from_numpy(truth))
-
-
-def _save(path: str, picture: np.ndarray) -> None:
-    files.write(Path(path), cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+        if not self.film.isOpened():
+            self.film.open(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
+        if not self.film.isOpened():
+            raise UserError(f"{path}: this OpenCV cannot write mp4; omit --video")
+        self.film.write(np.ascontiguousarray(overlay[:height, :width, ::-1]))
 
 
 class _Served:
@@ -418,12 +322,7 @@ class _Served:
         self._predictor = predictor
 
     def predict(self, pictures: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """The best `classes` and their `shares` for each picture.
-
-        Args:
-            pictures: Its first column has the bytes of a picture's file, or its path.
-            params: MLflow's; not used.
-        """
+        """The best `classes` and their `shares` of each picture: the bytes of a file, or a path."""
         rows = []
         for picture in pictures.iloc[:, 0]:
             content = picture if isinstance(picture, bytes) else Path(picture)

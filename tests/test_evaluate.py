@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mdeq import (
-    Broyden,
-    ClassificationHeadConfig,
-    MDEQConfig,
-    Network,
-    Prediction,
-    SegmentationHeadConfig,
-)
+from mdeq import Broyden, ClassificationHeadConfig, MDEQConfig, Network, SegmentationHeadConfig
 from mdeq.baselines import NarrowResNet18, ResNetConfig
 from mdeq.saved import Architecture
 from pipeline import files, weights
@@ -33,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.params import EvaluateParams
 from pipeline.sets import SETS
-from pipeline.stages import evaluate, writing
+from pipeline.stages import evaluate, recorded
 from pipeline.train.checkpoints import save_model
 from pipeline.train.metrics import ConfusionMatrix
 from pipeline.weights import Trained
@@ -60,8 +53,8 @@ class Split:
 
 
 def make(network: torch.nn.Module, split: Split, dataset: str = "cifar10") -> Trained:
-    facts = {"model": "tiny", "source": "generated", "digest": "0123", "samples": len(split)}
-    return Trained("tiny", network.double().eval(), split, SETS[dataset], facts, "made-by")
+    facts = {"model": "tiny", "source": "generated", "digest": "0123", "builds_on": "made-by"}
+    return Trained("tiny", network.double().eval(), split, SETS[dataset], facts)
 
 
 @pytest.fixture
@@ -109,14 +102,13 @@ def test_the_stage_writes_its_files_with_the_steps_that_were_asked_for(
     monkeypatch.setattr(weights, "load", lambda *_: classifier)
     out = Path("results/evaluate/cifar10-tiny")
     evaluate.run("cifar10", "tiny", replace(PARAMS, steps=3, accuracy_up_to=2), machine)
-    names = (
-        "by_steps.csv confusion.csv confusion.png examples.png facts.json metrics.json run.jsonl"
-    )
-    assert sorted(path.name for path in out.iterdir()) == names.split()
+    names = {"confusion.png", "confusion.csv", "by_steps.csv", "examples.png"}
+    names |= {"facts.json", "metrics.json", "run.jsonl"}
+    assert {path.name for path in out.iterdir()} == names
     values = json.loads((out / "metrics.json").read_text())
     assert values["solver/nfe"] == 4 and all(type(value) is float for value in values.values())
     facts = json.loads((out / "facts.json").read_text())
-    assert facts["samples"] == 11 and facts["source"] == "generated" and facts["run"]
+    assert facts["source"] == "generated" and facts["run"]
     with (out / "confusion.csv").open(newline="") as file:
         head, *rows = csv.reader(file)
     assert head == ["true", *"abcdefg"] and [row[0] for row in rows] == list("abcdefg")
@@ -124,10 +116,8 @@ def test_the_stage_writes_its_files_with_the_steps_that_were_asked_for(
     assert len(pd.read_csv(out / "by_steps.csv")) == 2
     record = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
     assert {"tag": "builds_on", "value": "made-by"} in record
-    assert {row["step"] for row in record if "by_steps/accuracy" in row.get("metrics", {})} == {
-        1,
-        2,
-    }
+    curve = {row["step"] for row in record if "by_steps/accuracy" in row.get("metrics", {})}
+    assert curve == {1, 2}
 
 
 def test_another_process_that_writes_the_same_results_is_refused(
@@ -139,7 +129,7 @@ def test_another_process_that_writes_the_same_results_is_refused(
     ready, done = context.Event(), context.Event()
 
     def hold() -> None:
-        with writing(out, machine):
+        with recorded("evaluate", "cifar10-tiny", {}, machine):
             ready.set()
             done.wait(60)
 
@@ -150,7 +140,7 @@ def test_another_process_that_writes_the_same_results_is_refused(
         evaluate.run("cifar10", "tiny", PARAMS, machine)
     done.set()
     other.join()
-    assert not list(out.iterdir())
+    assert [path.name for path in out.iterdir()] == ["run.jsonl"]  # the other's
 
 
 def segmenter(classes: int) -> Network:
@@ -190,28 +180,6 @@ def test_scenes_are_measured_at_the_size_of_their_labels_and_written_at_that_of_
     assert len(evaluate.examples(whole, 2, "cpu").axes) == 2 * 4
 
 
-class Pixelwise(torch.nn.Module):
-    """Answers pixels one by one."""
-
-    def forward(self, images: Tensor) -> Prediction:
-        return Prediction(3 * images, None)
-
-
-def test_mirrored_and_resized_views_are_averaged() -> None:
-    """The mirrored view agrees; a view at half size is a resized answer."""
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, 16, 24)
-    alone = evaluate.averaged(Pixelwise(), images).logits
-    assert torch.equal(alone, 3 * images)
-    mirrored = evaluate.averaged(Pixelwise(), images, [(1.0, False), (1.0, True)]).logits
-    torch.testing.assert_close(mirrored.exp(), alone.softmax(1))
-    both = evaluate.averaged(Pixelwise(), images, [(1.0, False), (0.5, True)]).logits
-    half = interpolate(images, size=(8, 12), mode="bilinear", align_corners=True)
-    half = interpolate(half, size=(16, 24), mode="bilinear", align_corners=True)
-    expected = (alone.softmax(1) + (3 * half).softmax(1)) / 2
-    torch.testing.assert_close(both.exp(), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("segments", [False, True])
 def test_accuracy_and_residual_by_evaluations_are_those_of_a_solver_with_that_limit(
     classifier: Trained, machine: Machine, segments: bool
@@ -229,9 +197,9 @@ def test_accuracy_and_residual_by_evaluations_are_those_of_a_solver_with_that_li
         backbone.forward_solver = replace(backbone.forward_solver, steps=row.evaluations)
         with torch.no_grad():
             found = trained.network(trained.split.images)
-        measure = trained.measure()
-        measure.update(found.logits.float(), trained.split.targets)
-        assert row.accuracy == pytest.approx(measure.compute()[trained.dataset.measure])
+        metric = trained.metric()
+        metric.update(found.logits.float(), trained.split.targets)
+        assert row.accuracy == pytest.approx(metric.compute()[trained.dataset.measure])
         residual = found.equilibrium.solution.relative.mean().item()
         assert row.residual == pytest.approx(residual, rel=1e-6)
     assert curve["residual"].iloc[-1] < curve["residual"].iloc[0]
@@ -248,25 +216,15 @@ def test_without_a_solver_there_is_no_curve(classifier: Trained, machine: Machin
     assert not any(name.startswith("solver/") for name in values)
 
 
-def test_a_picture_is_the_photo_again(classifier: Trained) -> None:
-    photo = np.random.default_rng(0).random((8, 8, 3))
-    image = (photo - np.array(classifier.dataset.mean)) / np.array(classifier.dataset.std)
-    assert np.allclose(classifier.picture(torch.from_numpy(image).permute(2, 0, 1)), photo)
-
-
 def test_loading_says_what_is_missing_and_what_does_not_fit(
     classifier: Trained, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"results/classify/tiny/model\.safetensors: .*classify tiny"
-    ):
+    path = Path("results/classify/tiny/model.safetensors")
+    with pytest.raises(UserError, match=f"{path}: .*classify tiny"):
         weights.load("cifar10", "tiny", machine)
     architecture = Architecture(CONFIG, HEAD, 7, Broyden(steps=STEPS))
-    path, facts = (
-        Path("results/classify/tiny/model.safetensors"),
-        {"dataset": "cifar10", "run": "r"},
-    )
-    save_model(path, architecture.build(), architecture, facts | {"params": {}})
+    facts = {"dataset": "cifar10", "run": "r", "params": {}}
+    save_model(path, architecture.build(), architecture, facts)
     with pytest.raises(UserError, match=r"results/data/cifar10/.*: .*pipeline prepare cifar10"):
         weights.load("cifar10", "tiny", machine)
     with pytest.raises(UserError, match="trained on cifar10, not on imagenet"):
@@ -276,12 +234,14 @@ def test_loading_says_what_is_missing_and_what_does_not_fit(
     files.write(Path("results/data/cifar10/manifest.csv"), b"")
     monkeypatch.setattr(weights, "evaluation_data", lambda *_: classifier.split)
     found = weights.load("cifar10", "tiny", machine)
-    assert found.name == "tiny" and found.built_on == "r"
+    assert found.name == "tiny" and found.facts["builds_on"] == "r"
     assert found.facts["samples"] == 11 and found.facts["source"] == "folder"
-    elsewhere = Path("elsewhere/model.safetensors")
-    files.write(elsewhere, path.read_bytes())
+    photo = np.random.default_rng(0).random((8, 8, 3))
+    image = (photo - np.array(found.dataset.mean)) / np.array(found.dataset.std)
+    assert np.allclose(found.picture(torch.from_numpy(image).permute(2, 0, 1)), photo)
     digest = files.file_digest(path)[:8]
-    assert weights.load("cifar10", str(elsewhere), machine).name == f"model-{digest}"
+    for by_path in (str(path), "../classify/tiny"):
+        assert weights.load("cifar10", by_path, machine).name == f"model-{digest}"
     other = Split(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 10)
     monkeypatch.setattr(weights, "evaluation_data", lambda *_: other)
     with pytest.raises(UserError, match="trained for 7 classes, the data have 10"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -41,6 +40,8 @@ THINGS = Architecture(
     len(NAMES),
     Broyden(steps=30, tolerance=1e-3),
 )
+
+Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -84,7 +85,14 @@ def read(path: str | Path) -> np.ndarray:
     return cv2.imread(str(path))[..., ::-1]
 
 
-def test_it_says_what_it_sees(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def film(path: str, frames: int = 4) -> None:
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
+    for seed in range(frames):
+        writer.write(np.full((48, 64, 3), 60 * seed, np.uint8))
+    writer.release()
+
+
+def test_it_says_what_it_sees(here: Path, capsys: Captured) -> None:
     """As lines, JSON and CSV: the classes with the largest softmax of the model's own logits."""
     model = things(source="generated")
     write(Path("cat.png"), noise(16, 16))
@@ -106,39 +114,27 @@ def test_it_says_what_it_sees(here: Path, capsys: pytest.CaptureFixture[str]) ->
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["class"] for row in rows] == list(best)[:5]
     assert sum(float(row["share"]) for row in rows) == pytest.approx(sum(found["classes"].values()))
-    assert sorted(path.name for path in here.iterdir()) == [
-        "a dog.png",
-        "cat.png",
-        "model.safetensors",
-    ]
+    assert {path.name for path in here.iterdir()} == {"a dog.png", "cat.png", "model.safetensors"}
 
 
-def test_a_photo_is_seen_as_the_evaluation_split_is(
-    here: Path,
-) -> None:
+def test_a_photo_is_seen_as_the_evaluation_split_is(here: Path) -> None:
     """CIFAR-10's pictures are 32 x 32; a photo is cut to that form from its middle."""
-    explicit = predictor(
-        Architecture(ResNetConfig(width=8), None, 6),
-        {"dataset": "cifar10", "names": NAMES, "params": {}},
-    )
+    facts = {"dataset": "cifar10", "names": NAMES, "params": {}}
+    explicit = predictor(Architecture(ResNetConfig(width=8), None, 6), facts)
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64] = 255
     image = explicit.image(wide)
-    assert image.shape == (1, 3, 32, 32)
     white = (1 - torch.tensor(explicit.dataset.mean)) / torch.tensor(explicit.dataset.std)
-    assert torch.allclose(image[0], white[:, None, None].expand(3, 32, 32), atol=1e-5)
+    assert torch.allclose(image, white[:, None, None].expand(1, 3, 32, 32), atol=1e-5)
     assert explicit(wide).solution is None
 
 
-def test_street_scenes_are_drawn_under_names_of_their_own(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_street_scenes_are_drawn_under_names_of_their_own(here: Path, capsys: Captured) -> None:
     """Same stems, two folders, a picture with the name of a label map: all are kept."""
     model = streets()
     Path("other").mkdir()
-    sources = [
-        Path(name) for name in ("a.png", "a_labels.png", "a.labels.png", "a.jpg", "other/a.png")
-    ]
+    names = "a.png a_labels.png a.labels.png a.jpg other/a.png"
+    sources = [Path(name) for name in names.split()]
     for seed, path in enumerate(sources):
         write(path, noise(24, 32, seed), path.suffix)
     before = {path: path.read_bytes() for path in sources}
@@ -160,50 +156,44 @@ def test_street_scenes_are_drawn_under_names_of_their_own(
 
 def test_nothing_is_written_where_something_is(here: Path) -> None:
     model = streets()
-    photos = Path("photos")
-    photos.mkdir()
-    write(photos / "a.png", noise(24, 32))
+    Path("photos").mkdir()
+    write(Path("photos/a.png"), noise(24, 32))
     Path("empty").mkdir()
     Path("file").write_text("mine")
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("nowhere")
     before = sorted(here.rglob("*"))
-    content = (photos / "a.png").read_bytes()
+    content = Path("photos/a.png").read_bytes()
     for out in (".", "photos", "photos/a.png", "empty", "file", "loop", "dangling", "file/x"):
         with pytest.raises(UserError) as error:
-            predict.run(model, [photos / "a.png"], Path(out))
+            predict.run(model, [Path("photos/a.png")], Path(out))
         assert out in str(error.value) and "\n" not in str(error.value)
-    assert sorted(here.rglob("*")) == before and (photos / "a.png").read_bytes() == content
+    assert sorted(here.rglob("*")) == before and Path("photos/a.png").read_bytes() == content
     with pytest.raises(UserError, match="this model classifies"):
-        predict.run(things(), [photos / "a.png"], Path("new"))
+        predict.run(things(), [Path("photos/a.png")], Path("new"))
 
 
 def test_a_standing_video_is_solved_once_and_answered_as_from_zero(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: Captured
 ) -> None:
     model = streets()
     Path("frames").mkdir()
     for number in range(3):
-        write(Path(f"frames/a_{number:06}_leftImg8bit.png"), noise(24, 32))
+        write(Path(f"frames/a_{number:06}.png"), noise(24, 32))
     own = model(noise(24, 32)).labels
-    Path("labels/a").mkdir(parents=True)
-    for number in range(2):
-        truth = cityscapes.label_ids()[own]
-        cv2.imwrite(f"labels/a/a_{number:06}_gtFine_labelIds.png", truth)
-    arguments = ([Path("frames")], Path("out"))
-    predict.run(model, *arguments, video=True, labels=Path("labels"), form="json")
+    predict.run(model, [Path("frames")], Path("out"), video=True, form="json")
     said = capsys.readouterr()
     first, *later = json.loads(said.out)
     assert first["evaluations"] > 2 and [frame["evaluations"] for frame in later] == [1, 1]
-    assert "out: pictures of 3 scenes; mIoU 100.00 %" in said.err
+    assert "out: pictures of 3 scenes" in said.err
     for frame in (first, *later):
         assert np.array_equal(read(frame["files"][0]), cityscapes.colours()[own])
-    film = cv2.VideoCapture("out/0001-a_000000_leftImg8bit.mp4")
-    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.read()[1].shape == (24, 32, 3)
+    shown = cv2.VideoCapture("out/0001-a_000000.mp4")
+    assert shown.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and shown.read()[1].shape == (24, 32, 3)
     assert len(list(Path("out").iterdir())) == 4
 
 
-def test_photos_know_nothing_of_each_other(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_photos_know_nothing_of_each_other(here: Path, capsys: Captured) -> None:
     model = streets(height=12)
     Path("folder").mkdir()
     for seed in range(2):
@@ -214,20 +204,11 @@ def test_photos_know_nothing_of_each_other(here: Path, capsys: pytest.CaptureFix
     assert [frame["path"] for frame in found] == ["folder/0.png", "folder/1.png"]
     for seed, frame in enumerate(found):
         alone = model(noise(24, 32, seed)).labels
-        assert alone.shape == (24, 32)
         assert np.array_equal(read(frame["files"][0]), cityscapes.colours()[alone])
+    assert model.image(noise(24, 32)).shape == (1, 3, 12, 16)
 
 
-def film(path: str, frames: int = 4) -> None:
-    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
-    for seed in range(frames):
-        writer.write(np.full((48, 64, 3), 60 * seed, np.uint8))
-    writer.release()
-
-
-def test_a_video_is_one_line_and_scripts_get_its_frames(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_video_is_one_line_and_scripts_get_its_frames(here: Path, capsys: Captured) -> None:
     film("drive.mp4")
     model = things()
     predict.run(model, [Path("drive.mp4")], form="json")
@@ -237,32 +218,28 @@ def test_a_video_is_one_line_and_scripts_get_its_frames(
     (line,) = capsys.readouterr().out.splitlines()
     means = pd.DataFrame([frame["classes"] for frame in found]).mean()
     assert line.startswith(f"drive.mp4  {means.idxmax()} {100 * means.max():.0f} %")
-    predict.run(streets(), [Path("drive.mp4")], Path("out"))
-    shown = cv2.VideoCapture("out/0001-drive.mp4")
-    assert shown.get(cv2.CAP_PROP_FPS) == 10 and shown.get(cv2.CAP_PROP_FRAME_COUNT) == 4
+    predict.run(streets(), [Path("drive.mp4")] * 2, Path("out"))
+    for name in ("0001-drive.mp4", "0005-drive.mp4"):
+        shown = cv2.VideoCapture(f"out/{name}")
+        assert shown.get(cv2.CAP_PROP_FPS) == 10 and shown.get(cv2.CAP_PROP_FRAME_COUNT) == 4
 
 
-def test_names_of_any_characters(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_any_characters(here: Path, capsys: Captured) -> None:
     """Raw bytes reach OpenCV nowhere and the terminal nowhere; JSON has the very name."""
     model = streets()
-    names = [
-        b"caf\xe9.png",
-        b"a\nb.png",
-        b"\x1b[31mred.png",
-        b"-",
-        b"x" * 251 + b".png",
-        b"f\xff.mp4",
-    ]
+    names = [b"caf\xe9.png", b"a\nb.png", b"\x1b[31mred.png", b"-", b"x" * 251 + b".png"]
+    for name in names:
+        write(os.fsencode(here) + b"/" + name, noise(24, 32))
+    names.append(b"f\xff.mp4")
     film("film.mp4")
     os.rename(b"film.mp4", names[-1])
-    for name in names[:-1]:
-        write(os.fsencode(here) + b"/" + name, noise(24, 32))
-    predict.run(model, [Path(os.fsdecode(name)) for name in names], Path("out"), form="json")
+    sources = [Path(os.fsdecode(name)) for name in names]
+    predict.run(model, sources, Path("out"), form="json")
     found = json.loads(capsys.readouterr().out)
     assert [os.fsencode(frame["path"]) for frame in found][:5] == names[:5]
     assert all(Path(name).is_file() for frame in found for name in frame["files"])
     for form in ("lines", "csv"):
-        predict.run(model, [Path(os.fsdecode(name)) for name in names], form=form)
+        predict.run(model, sources, form=form)
         said = capsys.readouterr().out
         assert "\x1b" not in said and r"a\nb.png" in said
         said.encode()
@@ -299,33 +276,22 @@ def test_what_cannot_be_predicted_is_one_line(here: Path) -> None:
         assert message.startswith(f"{name}: ") and "\n" not in message
     with pytest.raises(UserError, match=r"mixed/b\.png: not of the size .* omit --video"):
         predict.run(model, [Path("mixed")], video=True)
-    with pytest.raises(UserError, match="this model classifies"):
-        predict.run(model, [Path("mixed")], labels=Path("empty"))
 
 
 @pytest.mark.parametrize(
-    "facts",
-    [
-        {},
-        {"dataset": "mnist", "names": NAMES, "params": {}},
-        {"dataset": "imagenet", "names": NAMES[:5], "params": {}},
-        {"dataset": ["imagenet"], "names": NAMES, "params": {}},
-        {"dataset": "imagenet", "names": NAMES, "params": None},
-    ],
+    "change",
+    [{"dataset": "mnist"}, {"dataset": ["imagenet"]}, {"names": NAMES[:5]}, {"params": None}],
 )
-def test_a_model_must_say_what_it_knows(here: Path, facts: dict[str, Any]) -> None:
+def test_a_model_must_say_what_it_knows(here: Path, change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors: does not name"):
-        predictor(THINGS, facts)
+        things(**change)
 
 
 def test_wordnet_ids_become_words() -> None:
-    """Of the full set those of torchvision, in the order of their ids; names are left alone."""
+    """Those of torchvision, in the order of the ids; names are left alone."""
     full = predict.words([f"n{number:08}" for number in range(1000)])
     assert full[0] == "tench" and full[281] == "tabby" and full[999] == "toilet tissue"
     assert predict.words(NAMES) == NAMES
-    some = predict.words(["n01440764", "n99999999"])
-    words = "tench, Tinca tinca" if importlib.util.find_spec("timm") else "n01440764"
-    assert some == [words, "n99999999"]
 
 
 def test_mlflow_is_served_bytes_and_paths(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,84 +15,71 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mdeq.equilibrium import Implicit
 from mdeq.model import Network
 from mdeq.saved import Architecture
 from mdeq.solvers import Solution
-from pipeline import figures, files, tracking
+from pipeline import figures, files
 from pipeline.machine import Machine
 from pipeline.params import BenchmarkModel, BenchmarkParams, plain
 from pipeline.progress import track
-from pipeline.stages import writing
+from pipeline.stages import recorded, write_measures
 from pipeline.train.optimizers import make_optimizer
 
 CLASSES = 10
-OUT = Path("results/benchmark")
 
 
 def run(params: BenchmarkParams, machine: Machine) -> None:
-    """Measures every model of `params` and writes results/benchmark/.
-
-    Raises:
-        UserError: This stage is already running.
-    """
+    """Measures every model of `params` and writes results/benchmark/, unless that already runs."""
     machine.use_threads()
-    with writing(OUT, machine):
-        file = OUT / "run.jsonl"
-        with tracking.start("benchmark", None, plain(params), machine, file) as run:
-            values, times = measure(params, machine)
-            facts = _facts(params, machine) | {"run": run.id}
-            files.write_text(OUT / "times.csv", times.to_csv(index=False, float_format="%.6g"))
-            files.write_json(OUT / "metrics.json", values)
-            files.write_json(OUT / "facts.json", facts)
-            run.metrics(values, 0)
-            memory = {name: values[f"{name}/memory_bytes"] for name in params.models}
-            figure = figures.figure4b(times, memory, params.reference, facts["memory"])
-            for name in ("figure4b.png", "figure4b.svg"):
-                figures.save(figure, OUT / name)
-                run.artifact(OUT / name)
+    on_gpu = machine.device.startswith("cuda")
+    note = "torch.cuda.max_memory_allocated" if on_gpu else "rise of the process's peak RSS"
+    facts: dict[str, Any] = {"memory": note, "threads": torch.get_num_threads()}
+    facts |= {"reference": params.reference, "batch": params.batch, **machine.describe()}
+    with recorded("benchmark", None, plain(params), machine) as (out, record):
+        memory = {}
+        for name, model in track(params.models.items(), "benchmark: memory"):
+            memory[name] = memory_in_fresh_process(model, params, machine)
+        times, counts = measure_time(params, machine)
+        write_measures(out, record, summarise(times, counts, memory, params.reference), facts)
+        files.write_text(out / "times.csv", times.to_csv(index=False, float_format="%.6g"))
+        figure = figures.figure4b(times, memory, params.reference, note)
+        for name in ("figure4b.png", "figure4b.svg"):
+            figures.save(figure, out / name)
+            record.artifact(out / name)
 
 
-def measure(params: BenchmarkParams, machine: Machine) -> tuple[dict[str, float], pd.DataFrame]:
-    """The numbers of metrics.json, and the table of times.csv: model, round, seconds.
+def summarise(
+    times: pd.DataFrame, counts: dict[str, dict[str, int]], memory: dict[str, int], reference: str
+) -> dict[str, float]:
+    """The numbers of metrics.json.
 
     For each model: seconds (median over the rounds), memory_bytes, relative_time (median over the
     rounds of the ratio to the reference in the same round), relative_memory, parameters, and for
     equilibrium models forward_evaluations and backward_evaluations of f in a step.
     """
-    memory = {}
-    for name, model in track(params.models.items(), "benchmark: memory"):
-        memory[name] = memory_in_fresh_process(model, params, machine)
-    times, counts = measure_time(params, machine)
-    median: Any = times.groupby("model")["seconds"].median()
-    relative: Any = figures.relative_times(times, params.reference).median()
-    values: dict[str, float] = {}
-    for name in params.models:
-        own = {
-            "seconds": float(median[name]),
-            "memory_bytes": memory[name],
-            "relative_time": float(relative[name]),
-            "relative_memory": memory[name] / memory[params.reference],
-        }
-        values |= {f"{name}/{key}": value for key, value in (own | counts[name]).items()}
-    return values, times
+    table = pd.DataFrame(counts).T
+    table["seconds"] = times.groupby("model")["seconds"].median()
+    table["relative_time"] = figures.relative_times(times, reference).median()
+    table["memory_bytes"] = pd.Series(memory)
+    table["relative_memory"] = table["memory_bytes"] / memory[reference]
+    stacked = table.stack().dropna()
+    return {f"{model}/{measure}": float(value) for (model, measure), value in stacked.items()}
 
 
 def measure_time(
     params: BenchmarkParams, machine: Machine
 ) -> tuple[pd.DataFrame, dict[str, dict[str, int]]]:
-    """Model, round, seconds of each measured step, models taking turns; and each model's counts."""
-    trainees = {}
-    for name, model in params.models.items():
-        trainees[name] = Trainee(model, params, machine.device)
+    """times.csv (model, round, seconds of each step, models taking turns), each model's counts."""
+    models = params.models.items()
+    trainees = {name: Trainee(model, params, machine.device) for name, model in models}
     rows = []
     for number in track(range(1 - params.warm_up, params.rounds + 1), "benchmark: time"):
         for name, trainee in trainees.items():
@@ -108,13 +95,14 @@ class Trainee:
     """A model with its optimizer and batch: a `step` is a whole update, done on the device."""
 
     def __init__(self, model: BenchmarkModel, params: BenchmarkParams, device: str) -> None:
-        self.network = build(model, params.seed).to(device)
+        torch.manual_seed(params.seed)
+        self._images = torch.randn(params.batch, 3, params.image, params.image).to(device)
+        self._targets = torch.randint(CLASSES, (params.batch,)).to(device)
+        self.network = _build(model).train().to(device)
         self.counts = {"parameters": sum(p.numel() for p in self.network.parameters())}
         self._optimizer = make_optimizer(self.network, model.optimizer)
-        self._images, self._targets = _batch(params, device)
-        self._device = device
         if isinstance(self.network, Network):
-            self.network.backbone.on_backward = self._note_backward
+            self.network.backbone.on_backward = self._count_backward
 
     def step(self, images: int | None = None) -> None:
         """Forward, backward, update; on the first `images` of the batch, by default on all."""
@@ -124,24 +112,21 @@ class Trainee:
         self._optimizer.zero_grad(set_to_none=True)
         cross_entropy(prediction.logits, self._targets[:images]).backward()
         self._optimizer.step()
-        if self._device.startswith("cuda"):
-            torch.cuda.synchronize(self._device)
+        if self._images.is_cuda:
+            torch.cuda.synchronize(self._images.device)
 
-    def _note_backward(self, solution: Solution) -> None:
+    def _count_backward(self, solution: Solution) -> None:
         self.counts["backward_evaluations"] = solution.nfe
 
 
-def build(model: BenchmarkModel, seed: int) -> nn.Module:
-    """The model in training mode, drawn from `seed`; its solvers run to their limit."""
-    torch.manual_seed(seed)
-    architecture = Architecture(model.model, model.head, CLASSES, model.forward, model.backward)
-    network = architecture.build().train()
-    if isinstance(network, Network):
-        backbone = network.backbone
-        backbone.forward_solver = replace(backbone.forward_solver, tolerance=0.0)
-        if isinstance(backbone.backward, Implicit):
-            backbone.backward = Implicit(replace(backbone.backward.solver, tolerance=0.0))
-    return network
+def _build(model: BenchmarkModel) -> nn.Module:
+    """A fresh model whose solvers run to their limit."""
+    forward, backward = model.forward, model.backward
+    if forward is not None:
+        forward = replace(forward, tolerance=0.0)
+    if isinstance(backward, Implicit):
+        backward = replace(backward, solver=replace(backward.solver, tolerance=0.0))
+    return Architecture(model.model, model.head, CLASSES, forward, backward).build()
 
 
 def memory_in_fresh_process(
@@ -159,9 +144,7 @@ def _peak_bytes(model: BenchmarkModel, params: BenchmarkParams, machine: Machine
     nn.Conv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8)).sum().backward()
     before = _process_peak()
     trainee = Trainee(model, params, machine.device)
-    trainee.step(
-        images=2
-    )  # makes the optimizer's state, which a first step would add only at its end
+    trainee.step(images=2)  # makes the optimizer's state, which a first step adds only at its end
     trainee.step()
     if machine.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(machine.device)
@@ -171,24 +154,3 @@ def _peak_bytes(model: BenchmarkModel, params: BenchmarkParams, machine: Machine
 def _process_peak() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _batch(params: BenchmarkParams, device: str) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(params.seed)
-    images = torch.randn(params.batch, 3, params.image, params.image, generator=generator)
-    targets = torch.randint(0, CLASSES, (params.batch,), generator=generator)
-    return images.to(device), targets.to(device)
-
-
-def _facts(params: BenchmarkParams, machine: Machine) -> dict[str, Any]:
-    on_gpu = machine.device.startswith("cuda")
-    return {
-        "memory": "torch.cuda.max_memory_allocated" if on_gpu else "rise of the process's peak RSS",
-        "reference": params.reference,
-        "models": list(params.models),
-        "batch": params.batch,
-        "image": params.image,
-        "rounds": params.rounds,
-        "threads": torch.get_num_threads(),
-        **machine.describe(),
-    }

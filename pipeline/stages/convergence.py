@@ -6,11 +6,10 @@ early. The iterates are the arguments of f, so recording them needs nothing of t
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,100 +22,78 @@ from mdeq.heads import resize
 from mdeq.jacobian import spectral_radius
 from mdeq.model import MDEQ, Network
 from mdeq.solvers import Map
-from pipeline import figures, files, tracking, weights
+from pipeline import figures, files, weights
 from pipeline.data import cityscapes
 from pipeline.data.loading import BatchDataset, Keys
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.params import ConvergenceParams, Forward, plain
 from pipeline.progress import track
-from pipeline.stages import writing
+from pipeline.stages import recorded, write_measures
 from pipeline.weights import Trained
 
-OUT = Path("results/convergence")
-LEVELS = (1e-1, 1e-2, 1e-3)
-"""Residuals for which the metrics say after how many evaluations their mean was first below."""
-LOOKS = (2, 4, 8, 16)
-"""Evaluations of f at which the overview looks at z."""
-RADIUS = "jacobian/spectral_radius"
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What happened at each evaluation of f, (evaluations, B), one column per sample.
-
-    Attributes:
-        change: |z[k+1] - z[k]| / |z[k]|, noted at the evaluation of z[k+1]; NaN where z[k] is 0.
-        residual: |f(z) - z| / |f(z)|.
-        scales: The residual of each scale by itself.
-        best: (B, D) each sample's iterate of smallest residual.
-    """
-
-    change: Tensor
-    residual: Tensor
-    scales: list[Tensor]
-    best: Tensor
+LEVELS = (1e-1, 1e-2, 1e-3)  # of the residual: metrics say when its mean first fell to them
+LOOKS = (2, 4, 8, 16)  # evaluations of f at which the overview looks at z
 
 
 def run(dataset: str, params: ConvergenceParams, machine: Machine) -> None:
     """Traces the solvers on `params.model` and writes results/convergence/<dataset>/.
 
-    Raises:
-        UserError: Model or data are missing, or the model has no equilibrium, or this stage is
-            already running.
+    Raises UserError if model or data are missing, the model has no equilibrium, or this stage is
+    already running.
     """
     machine.use_threads()
     trained = weights.load(dataset, params.model, machine)
     if not isinstance(trained.network, Network):
         key = f"convergence.{dataset}.model"
         raise UserError(f"{key}: {params.model} is an explicit model and has no equilibrium")
-    out = OUT / dataset
-    with writing(out, machine):
-        file = out / "run.jsonl"
-        with tracking.start("convergence", dataset, plain(params), machine, file) as run:
-            trained.record(run)
-            began = time.perf_counter()
-            table, radii = measure(trained.network.backbone, trained.split, params, machine.device)
-            values = summarise(table) | radius(radii)
-            values["time/seconds"] = time.perf_counter() - began
-            files.write_text(out / "trace.csv", table.to_csv(index=False, float_format="%.6g"))
-            files.write_json(out / "metrics.json", values)
-            files.write_json(out / "facts.json", trained.facts | {"run": run.id})
-            run.metrics(values, 0)
-            for evaluation, row in _curves(table):
-                run.metrics(row, evaluation)
-            figure = figures.figure5({trained.title: table})
-            for name in ("figure5.png", "figure5.svg"):
-                figures.save(figure, out / name)
-                run.artifact(out / name)
-            figures.save(overview(trained, params, machine.device), out / "overview.svg")
-            run.artifact(out / "overview.svg")
+    with recorded("convergence", dataset, plain(params), machine) as (out, record):
+        trained.record(record)
+        began = time.perf_counter()
+        table, radii = measure(trained.network.backbone, trained.split, params, machine.device)
+        values = summarise(table, radii)
+        values["time/seconds"] = time.perf_counter() - began
+        write_measures(out, record, values, trained.facts)
+        files.write_text(out / "trace.csv", table.to_csv(index=False, float_format="%.6g"))
+        curves: Any = table.groupby(["solver", "evaluation"])[["change", "residual"]].mean()
+        for (solver, evaluation), row in curves.iterrows():
+            record.metrics(row.add_prefix(f"solver/{solver}_").to_dict(), evaluation)
+        figure = figures.figure5({trained.title: table})
+        drawn = {"figure5.png": figure, "figure5.svg": figure}
+        drawn["overview.svg"] = overview(trained, params, machine.device)
+        for name, figure in drawn.items():
+            figures.save(figure, out / name)
+            record.artifact(out / name)
 
 
 @torch.no_grad()
-def trace(f: Map, z0: Tensor, solver: Forward, steps: int, lengths: list[int]) -> Trace:
+def trace(
+    f: Map, z0: Tensor, solver: Forward, steps: int, lengths: list[int]
+) -> tuple[dict[str, Tensor], Tensor]:
     """Runs a solver from `z0` (B, D) for `steps` updates, so steps + 1 calls of `f`, to the end.
 
-    `lengths` are those of the scales, which add up to D. The calls are fewer only if every sample
-    comes to an exact fixed point or leaves the finite numbers.
+    Calls are fewer only if every sample comes to an exact fixed point or leaves the finite numbers.
+    `lengths` are those of the scales, which add up to D. Returns what was measured at each call,
+    (evaluations, B), and each sample's iterate of smallest residual, (B, D): `residual` is
+    |f(z) - z| / |f(z)|, `residual_1`, ... that of each scale by itself, and `change` is
+    |z[k+1] - z[k]| / |z[k]|, noted at the evaluation of z[k+1], NaN where z[k] is 0.
     """
-    rows: list[Tensor] = []
+    rows: dict[str, list[Tensor]] = defaultdict(list)
     last = torch.zeros_like(z0)
 
     def watched(z: Tensor) -> Tensor:
         nonlocal last
         value = f(z)
-        residuals = [_relative(value - z, value)]
-        for after, before in zip(value.split(lengths, 1), z.split(lengths, 1), strict=True):
-            residuals.append(_relative(after - before, after))
-        change = torch.where(last.any(1), _relative(z - last, last), torch.nan)
-        rows.append(torch.stack([change, *residuals]))
+        rows["change"].append(torch.where(last.any(1), _relative(z - last, last), torch.nan))
+        rows["residual"].append(_relative(value - z, value))
+        scales = zip(value.split(lengths, 1), z.split(lengths, 1), strict=True)
+        for number, (after, before) in enumerate(scales, 1):
+            rows[f"residual_{number}"].append(_relative(after - before, after))
         last = z.clone()
         return value
 
     solution = replace(solver, steps=steps, tolerance=0.0)(watched, z0)
-    change, residual, *scales = torch.stack(rows, 1)
-    return Trace(change, residual, scales, solution.value)
+    return {name: torch.stack(parts) for name, parts in rows.items()}, solution.value
 
 
 def _relative(difference: Tensor, base: Tensor) -> Tensor:
@@ -128,92 +105,70 @@ def measure(
 ) -> tuple[pd.DataFrame, Tensor]:
     """The table of trace.csv, and the spectral radius of df/dz at z* of each sample, (samples,).
 
-    Columns: solver, batch, evaluation, change, residual, and residual_1, ... of each scale; means
-        over
-    the finite samples. z* is the best iterate of the first solver.
+    Columns: solver, batch, evaluation, and those of `trace`, means over the finite samples. z* is
+    the best iterate of the first solver.
     """
+    tables, radii = [], []
     drawn = random_batches(split, params.batches, params.batch, params.seed)
-    parts, radii = [], []
     for number, images in enumerate(track(drawn, "convergence: batches", params.batches)):
         with torch.no_grad():
             f, z0, scales = backbone.fixed_point_problem(images.to(device))
-        traces = [trace(f, z0, solver, params.steps, scales.lengths) for solver in params.solvers]
-        for solver, traced in zip(params.solvers, traces, strict=True):
-            parts.append(rows(traced, solver.kind, number))
+        found = []
+        for solver in params.solvers:
+            columns, best = trace(f, z0, solver, params.steps, scales.lengths)
+            tables.append(tabulate(columns, solver.kind, number))
+            found.append(best)
         torch.manual_seed(params.seed)
-        radii.append(spectral_radius(f, traces[0].best))
-    return pd.concat(parts, ignore_index=True), torch.cat(radii).cpu()
+        radii.append(spectral_radius(f, found[0]))
+    return pd.concat(tables, ignore_index=True), torch.cat(radii)
 
 
 def random_batches(split: BatchDataset, count: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Images of `count` random batches without a sample twice; a function of the seed.
-
-    Raises:
-        UserError: The split has too few samples.
-    """
+    """Images of `count` random batches without a sample twice; UserError if there are too few."""
     if count * batch > len(split):
         raise UserError(
             f"convergence: {count} batches of {batch} are more than the {len(split)} samples"
         )
     order = np.random.default_rng(seed).permutation(len(split))
-    for number in range(count):
-        yield split[Keys(0, order[number * batch : (number + 1) * batch].tolist())][0]
+    for indices in order[: count * batch].reshape(count, batch):
+        yield split[Keys(0, indices.tolist())][0]
 
 
-def rows(traced: Trace, solver: str, batch: int) -> pd.DataFrame:
-    """Tidy rows of one solve: means over the samples that are finite."""
-    columns = {"change": traced.change, "residual": traced.residual}
-    columns |= {f"residual_{i}": values for i, values in enumerate(traced.scales, 1)}
-    evaluations = np.arange(1, len(traced.residual) + 1)
-    table = pd.DataFrame({"solver": solver, "batch": batch, "evaluation": evaluations})
+def tabulate(columns: Mapping[str, Tensor], solver: str, batch: int) -> pd.DataFrame:
+    """Rows of trace.csv of one solve: means over the samples that are finite."""
+    table = pd.DataFrame()
     for name, values in columns.items():
         finite = torch.where(values.isfinite(), values.double(), torch.nan)
         table[name] = finite.nanmean(1).cpu().numpy()
-    return table
+    keys = {"solver": solver, "batch": batch, "evaluation": np.arange(1, len(table) + 1)}
+    return pd.concat([pd.DataFrame(keys), table], axis=1)
 
 
-def summarise(table: pd.DataFrame) -> dict[str, float]:
-    """The figures of each solver.
+def summarise(table: pd.DataFrame, radii: Tensor) -> dict[str, float]:
+    """The numbers of metrics.json.
 
-    Change and residual at the last evaluation, mean and deviation over the batches; the smallest
-    residual of the mean curve; after how many evaluations that curve first fell to each of
-    `LEVELS`, left out where it never did; and contraction_<i>, the factor by which an evaluation
-    shrinks the residual of scale i, as a geometric mean from the first evaluation to the best one.
+    Of each solver: change and residuals at the last evaluation, mean and deviation over the
+    batches; after how many evaluations the mean residual first fell to each of `LEVELS`, left out
+    where it never did. Mean and largest spectral radius of df/dz at z*: below 1, iterating f
+    converges nearby.
     """
     values: dict[str, float] = {}
     for solver, own in table.groupby("solver", sort=False):
-        last: Any = own[own["evaluation"] == own["evaluation"].max()]
-        for measure in ("change", "residual"):
-            values[f"{solver}/{measure}"] = float(last[measure].mean())
-            values[f"{solver}/{measure}_std"] = float(last[measure].std(ddof=0))
-        curve: Any = own.groupby("evaluation")["residual"].mean()
-        values[f"{solver}/residual_smallest"] = float(curve.min())
-        values[f"{solver}/evaluations"] = float(curve.index[-1])
+        batches: Any = own.drop(columns=["solver", "batch"]).groupby("evaluation")
+        means, deviations = batches.mean(), batches.std(ddof=0)
+        for measure in means:
+            values[f"{solver}/{measure}"] = means[measure].iloc[-1]
+            values[f"{solver}/{measure}_std"] = deviations[measure].iloc[-1]
+        values[f"{solver}/evaluations"] = means.index[-1]
         for level in LEVELS:
-            reached = curve.index[curve <= level]
+            reached = means.index[means["residual"] <= level]
             if len(reached):
-                values[f"{solver}/evaluations_to_{level:g}"] = float(reached[0])
-        for name in own.filter(regex=r"^residual_\d+$"):
-            values[f"{solver}/contraction_{name.removeprefix('residual_')}"] = contraction(
-                own, str(name)
-            )
-    return {name: value for name, value in values.items() if np.isfinite(value)}
-
-
-def contraction(table: pd.DataFrame, column: str) -> float:
-    """The mean factor per evaluation on a residual's mean curve, from its start to its minimum."""
-    curve: Any = table.groupby("evaluation")[column].mean()
-    curve = curve.dropna()
-    best = int(curve.to_numpy().argmin()) if len(curve) else 0
-    return float((curve.iloc[best] / curve.iloc[0]) ** (1 / best)) if best else math.nan
-
-
-def radius(radii: Tensor) -> dict[str, float]:
-    """Mean and largest spectral radius of df/dz at z*; below 1 iterating f converges nearby."""
+                values[f"{solver}/evaluations_to_{level:g}"] = reached[0]
     finite = radii[radii.isfinite()]
-    if not len(finite):
-        return {}
-    return {RADIUS: float(finite.mean()), f"{RADIUS}_max": float(finite.max())}
+    if len(finite):
+        values["jacobian/spectral_radius"] = finite.mean().item()
+        values["jacobian/spectral_radius_max"] = finite.max().item()
+    return {name: float(value) for name, value in values.items() if np.isfinite(value)}
 
 
 @torch.no_grad()
@@ -230,24 +185,17 @@ def overview(trained: Trained, params: ConvergenceParams, device: str) -> Figure
 
     residuals = {}
     for solver in params.solvers:
-        traced = trace(watched, z0, solver, params.steps, scales.lengths)
-        residuals[solver.kind] = traced.residual[:, 0].tolist()
-    last = len(next(iter(residuals.values())))
+        columns, _ = trace(watched, z0, solver, params.steps, scales.lengths)
+        residuals[solver.kind] = columns["residual"][:, 0].tolist()
+    last = len(residuals[params.solvers[0].kind])
     looks = {}
     for evaluation in sorted({min(look, last) for look in LOOKS}):
         parts = scales.split(states[evaluation - 1])
         logits = network.head(parts)
-        if targets.ndim == 3:
+        if trained.segments:
             logits = resize(logits, targets.shape[1:])
         pictures = [part[0].permute(1, 2, 0).cpu().numpy() for part in parts]
         looks[evaluation] = pictures, logits.softmax(1)[0].cpu().numpy()
     photo, truth = trained.picture(images[0]), targets[0].cpu().numpy()
     colours = cityscapes.colours()[: len(cityscapes.class_names())]
-    return figures.overview(photo, truth, looks, residuals, trained.names, colours)
-
-
-def _curves(table: pd.DataFrame) -> Iterator[tuple[int, dict[str, float]]]:
-    """The mean curve of each solver: evaluation, and its metrics."""
-    means: Any = table.groupby(["solver", "evaluation"], sort=False)[["change", "residual"]].mean()
-    for (solver, evaluation), row in means.iterrows():
-        yield evaluation, {f"solver/{solver}_{name}": value for name, value in row.dropna().items()}
+    return figures.overview(photo, truth, looks, residuals, trained.split.names, colours)
