@@ -285,17 +285,18 @@ def official_evaluation(predictions: Path, truths: Path) -> dict[str, Any]:
     Raises:
         UserError: A picture is missing, or the tool stops for another reason.
     """
-    pairs = []
-    for path in sorted(truths.glob(f"*/*{LABEL_END}")):
-        own = predictions / (path.name.removesuffix(LABEL_END) + PREDICTION_END)
-        if not own.is_file():
-            raise fault(own, "no such prediction; evaluate the whole split (limit: null)")
-        pairs.append((str(own), str(path)))
-    if not pairs:
+    wanted = sorted(truths.glob(f"*/*{LABEL_END}"))
+    names = [path.name.removesuffix(LABEL_END) + PREDICTION_END for path in wanted]
+    found = [predictions / name for name in names]
+    for path in found:
+        if not path.is_file():
+            raise fault(path, "no such prediction; evaluate the whole split (limit: null)")
+    if not wanted:
         raise fault(truths, f"no city folder with *{LABEL_END} in it")
+    pairs = [str(path) for path in found], [str(path) for path in wanted]
     quiet = patch.multiple(official.args, JSONOutput=False, quiet=True, evalInstLevelScore=True)
     with patch.object(np, "in1d", np.isin, create=True), quiet:
         try:
-            return official.evaluateImgLists(*zip(*pairs, strict=True), official.args)
+            return official.evaluateImgLists(*pairs, official.args)
         except SystemExit:  # it has said why
             raise fault(truths, "the official tool stopped; its reason stands above") from None

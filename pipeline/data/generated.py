@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -94,8 +94,11 @@ def _png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-DRAWN: dict[str, Callable[[Any], Iterator[File]]]
-DRAWN = {"cifar10": _cifar10, "imagenet": _imagenet, "cityscapes": _cityscapes}
+DRAWN: dict[str, Callable[..., Iterator[File]]] = {
+    "cifar10": _cifar10,
+    "imagenet": _imagenet,
+    "cityscapes": _cityscapes,
+}
 
 
 def python2_pickle(value: object) -> bytes:

@@ -33,8 +33,9 @@ def read_picture(
     Raises:
         UserError: It is not a whole 8-bit still picture of a reasonable size in a regular file.
     """
-    name, content = _content(source, expected)
-    with opened(content, name) as image:
+    is_file = isinstance(source, Path)
+    content = read_file(source, expected) if is_file else source
+    with opened(content, source if is_file else Path("picture")) as image:
         return np.array((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
 
 
@@ -65,12 +66,6 @@ def opened(content: bytes, name: Path) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # PIL raises whatever its decoders meet
         raise fault(name, f"not a readable picture ({error})") from None
-
-
-def _content(source: Path | bytes, expected: str | None) -> tuple[Path, bytes]:
-    if isinstance(source, Path):
-        return source, read_file(source, expected)
-    return Path("picture"), source
 
 
 def _unfit(image: Image.Image) -> str:
