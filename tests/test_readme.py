@@ -12,8 +12,8 @@ from dvc.cli.parser import get_main_parser
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from pipeline import report
 from pipeline.cli import app
+from pipeline.report import pages
 from pipeline.stages import report as report_stage
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ def test_the_demos_table_is_that_of_the_recorded_report() -> None:
     record = json.loads((ROOT / "docs/measured/demo.json").read_text("utf-8"))
     begin, end = report_stage.BEGIN, report_stage.END
     shown = TEXTS["README.md"].partition(begin)[2].partition(end)[0]
-    assert report.readme_table(record).strip() == shown.strip()
+    assert pages.readme_table(record).strip() == shown.strip()
 
 
 def test_the_row_of_real_data_is_that_of_its_card() -> None:
