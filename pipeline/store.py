@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -291,11 +292,12 @@ def connected(machine: Machine) -> Iterator[tuple[MlflowClient, str]]:
         if database:
             _make(database)
         client = MlflowClient(_address(machine))
-        if client.get_experiment_by_name(name) is None:
+        found = client.get_experiment_by_name(name)
+        if found is None:
             where = (machine.root / "mlartifacts").as_uri() if database else None
             made = client.create_experiment(name, where, {"mlflow.note.content": NOTE})
             _save_view(client, made)
-        found = client.get_experiment_by_name(name)
+            found = client.get_experiment(made)
         if found.lifecycle_stage == "deleted":
             raise UserError(
                 f"MLflow's experiment {name!r} was deleted; run `mlflow experiments restore -x "
@@ -308,12 +310,11 @@ def prepare() -> None:
     """Imports what an upload uses: a loader process must not be forked during an import."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import mlflow.store.db.utils
-    import mlflow.store.tracking.sqlalchemy_store
-    import mlflow.system_metrics.system_metrics_monitor
-    import mlflow.tracking  # noqa: F401
+    for name in ("store.tracking.sqlalchemy_store", "system_metrics.system_metrics_monitor"):
+        import_module(f"mlflow.{name}")
+    from mlflow.store.db import utils
 
-    mlflow.store.db.utils.MAX_RETRY_COUNT = 2  # instead of 10, which take 100 s
+    utils.MAX_RETRY_COUNT = 2  # instead of 10, which take 100 s
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
 

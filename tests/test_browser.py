@@ -23,12 +23,8 @@ from pipeline.stages import report
 from tests.test_report import tree
 from tests.test_tracking import free_port
 
-driver = pytest.importorskip(
-    "playwright.sync_api", reason="no playwright: pip install 'mdeq[browser]'"
-)
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+driver = pytest.importorskip("playwright.sync_api", reason="pip install 'mdeq[browser]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on PATH"),
@@ -42,17 +38,11 @@ PATIENCE = 100_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    options = [
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-    ]
+    options = ["--disable-gpu", "--disable-sync", "--disable-background-networking"]
     options += ["--no-sandbox"] if os.geteuid() == 0 else []
     with driver.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=options, timeout=PATIENCE
-        )
+        start = playwright.chromium.launch
+        chromium = start(executable_path=CHROMIUM, args=options, timeout=PATIENCE)
         yield chromium
         chromium.close()
 
@@ -75,11 +65,10 @@ def served(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
                 for step in range(4):
                     run.metrics({name: 10.0 / (1 + step) for name in METRICS}, step)
                 run.artifact(out / "curves.png")
-    port = free_port()
-    command = [sys.executable, "-m", "pipeline", "ui", "--port", str(port)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-m", "pipeline", "ui", "--port", str(free_port())]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+    assert server.stdout is not None
     yield server.stdout.readline().removeprefix("MLflow: ").strip()
     server.send_signal(signal.SIGTERM)
     server.wait()
@@ -91,12 +80,8 @@ def test_mlflow_opens_on_a_row_per_stage_and_shows_its_charts_and_pictures(
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.set_default_timeout(PATIENCE)
     page.goto(served)
-    for name in (
-        f"classify/{LONG}",
-        f"evaluate/{LONG}",
-        "pipeline wide-kiss",
-        "pipeline tall-moss",
-    ):
+    names = [f"classify/{LONG}", f"evaluate/{LONG}", "pipeline wide-kiss", "pipeline tall-moss"]
+    for name in names:
         link = page.get_by_role("link", name=name, exact=True).first
         link.wait_for()
         assert link.evaluate("link => link.scrollWidth <= link.clientWidth || !link.clientWidth")
@@ -142,9 +127,8 @@ def test_the_report_is_one_file_that_reads_on_a_phone(
         box = picture.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, paper.removeprefix("rgb(").rstrip(")").split(","))) > 384) == (
-        scheme == "light"
-    )
+    light = sum(map(int, paper.removeprefix("rgb(").rstrip(")").split(","))) > 384
+    assert light == (scheme == "light")
     page.close()
 
 
