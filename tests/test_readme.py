@@ -32,7 +32,9 @@ def shell(text: str) -> list[str]:
     return [line for line in (*lines, *inline) if line]
 
 
-SHOWN = sorted({(name, line) for name, text in TEXTS.items() for line in shell(text)})
+SHOWN = sorted(
+    (name, line) for name, text in TEXTS.items() if name != "CHANGELOG.md" for line in shell(text)
+)
 
 
 @pytest.mark.parametrize(("name", "command"), SHOWN)
@@ -70,7 +72,8 @@ def test_a_command_exists_as_it_is_shown(name: str, command: str) -> None:
 @pytest.mark.parametrize("name", TEXTS)
 def test_links_files_and_variables_exist(name: str) -> None:
     text = TEXTS[name]
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#:]+)\)", prose):
         assert (ROOT / name).parent.joinpath(link).exists(), link
     named = r"`((?:mdeq|pipeline|tests|params|docs|benchmarks|weights)/[\w./-]*)`"
     for file in re.findall(named, text):
