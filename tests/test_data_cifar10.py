@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from conftest import DRAWN
 
 from pipeline.data import cifar10, generated
-from pipeline.data.cifar10 import CLASSES, FOLDER, images_and_labels
-from pipeline.data.loading import InMemory, Keys, draw
+from pipeline.data.cifar10 import CLASSES, FOLDER, Split, images_and_labels
+from pipeline.data.loading import Chosen, Keys, draw
 from pipeline.errors import UserError
 from pipeline.sets import SETS
 from pipeline.stages import prepare
@@ -26,11 +27,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "cifar10"
     generated.ensure(folder, "cifar10", DRAWN["cifar10"])
     return folder
-
-
-def in_memory(images: np.ndarray, device: str = "cpu") -> InMemory:
-    labels = np.arange(len(images)) % 10
-    return InMemory(images, labels, CLASSES, FACTS, augment=True, seed=5, device=device)
 
 
 @pytest.mark.parametrize(("encoding", "kind"), [("latin1", str), ("bytes", bytes)])
@@ -129,42 +125,29 @@ def test_missing_batches_and_foreign_classes_are_named(tmp_path: Path) -> None:
         cifar10.find(tmp_path)
 
 
-def test_a_batch_is_normalised_and_in_the_asked_order(root: Path) -> None:
-    dataset = InMemory(*cifar10.read_split(root, None, "test"), CLASSES, FACTS)
+def test_a_batch_is_normalised_and_in_the_asked_order(root: Path, manifest_of: Callable) -> None:
+    dataset = Chosen(Split(root, manifest_of(cifar10, root), "test", {}), FACTS)
     assert (len(dataset), dataset.classes, dataset.names) == (10, 10, CLASSES)
     images, labels = dataset[Keys(0, [7, 3])]
     assert images.shape == (2, 3, 32, 32)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (FACTS.mean, FACTS.std))
-    torch.testing.assert_close((images * std + mean) * 255, dataset.images[[7, 3]].float())
-    assert labels.tolist() == dataset.labels[[7, 3]].tolist()
+    pixels, truth = cifar10.read_split(root, None, "test")
+    torch.testing.assert_close((images * std + mean) * 255, torch.tensor(pixels[[7, 3]]).float())
+    assert labels.tolist() == truth[[7, 3]].tolist()
 
 
-def test_augmentation_is_a_crop_of_the_padded_image_and_a_flip() -> None:
-    images = np.random.default_rng(0).integers(1, 256, (6, 3, 32, 32)).astype(np.uint8)
-    dataset = in_memory(images)
+def test_augmentation_is_a_crop_of_the_padded_image_and_a_flip(
+    root: Path, manifest_of: Callable
+) -> None:
+    images, _ = cifar10.read_split(root, None, "train")
+    samples = Split(root, manifest_of(cifar10, root), "train", {}, augment=True)
     mean, std = (np.array(values)[:, None, None] for values in (FACTS.mean, FACTS.std))
     for epoch in range(3):
-        got, _ = dataset[Keys(epoch, list(range(6)))]
+        got, _ = Chosen(samples, FACTS, seed=5)[Keys(epoch, list(range(6)))]
         for i in range(6):
             top, left, flip = draw(5, epoch, i).integers(0, (9, 9, 2))
             padded = np.pad(images[i], ((0, 0), (4, 4), (4, 4)))
             expected = padded[:, top : top + 32, left : left + 32]
             expected = expected[:, :, ::-1] if flip else expected
             np.testing.assert_allclose(got[i], (expected / 255 - mean) / std, atol=1e-5)
-
-
-def test_a_set_held_on_a_device_makes_its_batches_there() -> None:
-    """`meta` stands for the device: a part of the work left on the CPU would have values."""
-    dataset = in_memory(np.zeros((6, 3, 32, 32), np.uint8), "meta")
-    images, labels = dataset[Keys(0, [4, 1])]
-    assert images.is_meta and labels.is_meta and images.shape == (2, 3, 32, 32)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_makes_the_samples_of_the_cpu() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32)).astype(np.uint8)
-    keys = Keys(2, list(range(50)))
-    for ours, theirs in zip(in_memory(images)[keys], in_memory(images, "cuda")[keys], strict=True):
-        assert torch.equal(ours, theirs.cpu())

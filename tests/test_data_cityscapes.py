@@ -13,7 +13,7 @@ from cityscapesscripts.helpers.labels import labels as official
 
 from pipeline.data import cityscapes, generated
 from pipeline.data.cityscapes import IGNORE, Split, official_evaluation
-from pipeline.data.loading import FileDataset, Keys, spread
+from pipeline.data.loading import Chosen, Keys
 from pipeline.errors import UserError
 from pipeline.sets import SETS
 from pipeline.settings import GeneratedCityscapes
@@ -114,9 +114,9 @@ def test_scales_are_the_published_ones_and_labels_follow_the_image() -> None:
     assert min(seen) == 32 and max(seen) == 80
 
 
-def validation(root: Path, manifest: Path, size: list[int] | None = None) -> FileDataset:
+def validation(root: Path, manifest: Path, size: list[int] | None = None) -> Chosen:
     samples = Split(root, manifest, "val", {"test_size": size, "crop": [8, 8]})
-    return FileDataset(samples, spread(len(samples), None), FACTS)
+    return Chosen(samples, FACTS)
 
 
 def test_evaluation_is_the_whole_picture_optionally_resized(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 
 from pipeline.data import generated, imagenet
 from pipeline.data.imagenet import Split
-from pipeline.data.loading import FileDataset, Keys, spread
+from pipeline.data.loading import Chosen, Keys
 from pipeline.errors import UserError
 from pipeline.sets import SETS
 from pipeline.settings import GeneratedImageNet
@@ -100,10 +101,10 @@ def test_evaluation_crops_as_torchvision_does(root: Path, manifest_of: Callable)
             v2.Normalize(FACTS.mean, FACTS.std),
         ]
     )
-    images, labels = FileDataset(samples, spread(4, None), FACTS)[Keys(0, [0, 1, 2, 3])]
+    images, labels = Chosen(samples, FACTS)[Keys(0, [0, 1, 2, 3])]
     assert labels.tolist() == [0, 0, 1, 1]
     for i in range(4):
-        expected = reference(Image.open(root / samples.name(i)).convert("RGB"))
+        expected = reference(Image.open(root / os.fsdecode(samples.paths[i])).convert("RGB"))
         torch.testing.assert_close(images[i], expected)
 
 

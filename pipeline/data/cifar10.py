@@ -19,6 +19,7 @@ ARCHIVE = "cifar-10-python.tar.gz"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {f"data_batch_{i}": "train" for i in range(1, 6)} | {"test_batch": "test"}
 META = f"{FOLDER}/batches.meta"
+MARGIN = 4  # around a picture, before the random crop
 ALLOWED = {  # all that a batch names
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -89,6 +90,31 @@ def read_split(root: Path, manifest: Path | None, split: str) -> tuple[np.ndarra
     parts = [images_and_labels(read_file(root / path, own), root / path) for path, own in batches]
     images, labels = zip(*parts, strict=True)
     return np.concatenate(images), np.concatenate(labels)
+
+
+class Split:
+    """The samples of a split, held in memory: images (32, 32, 3) uint8 and their labels."""
+
+    names = CLASSES
+
+    def __init__(
+        self, root: Path, manifest: Path, split: str, _: dict[str, Any], augment: bool = False
+    ) -> None:
+        """Opens a split (train or test); `augment` cuts samples out of a black margin and flips."""
+        images, self.labels = read_split(root, manifest, split)
+        margin = 2 * (MARGIN if augment else 0,)
+        self.images = np.pad(images.transpose(0, 2, 3, 1), ((0, 0), margin, margin, (0, 0)))
+        self.paths = [f"image {i}" for i in range(len(images))]
+        self.augment = augment
+
+    def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """An image and its label; the crop and the flip of an augmented one come from `rng`."""
+        image, label = self.images[index], self.labels[index]
+        if not self.augment:
+            return image, label
+        top, left, flip = rng.integers(0, (2 * MARGIN + 1, 2 * MARGIN + 1, 2))
+        image = image[top : top + 32, left : left + 32]
+        return (image[:, ::-1] if flip else image), label
 
 
 # ---- what the prepare stage asks of every set

@@ -35,31 +35,27 @@ SOURCE = (
 # ---- classes
 
 
-@cache
-def _classes() -> list[Label]:
-    """The official labels that have a train id, in its order."""
-    counted = (label for label in labels if 0 <= label.trainId < IGNORE)
-    return sorted(counted, key=lambda label: label.trainId)
+# The official labels that have a train id, in its order
+CLASSES: list[Label] = sorted(
+    (label for label in labels if 0 <= label.trainId < IGNORE), key=lambda label: label.trainId
+)
 
 
-@cache
 def class_names() -> tuple[str, ...]:
     """The names of the 19 train ids, in their order."""
-    return tuple(label.name for label in _classes())
+    return tuple(label.name for label in CLASSES)
 
 
-@cache
 def colours() -> np.ndarray:
     """The official RGB colour of each train id, (256, 3) uint8; black for what is ignored."""
     table = np.zeros((256, 3), np.uint8)
-    table[: len(_classes())] = [label.color for label in _classes()]
+    table[: len(CLASSES)] = [label.color for label in CLASSES]
     return table
 
 
-@cache
 def label_ids() -> np.ndarray:
     """The label id of each train id, (19,) uint8: what the official evaluation reads."""
-    return np.array([label.id for label in _classes()], np.uint8)
+    return np.array([label.id for label in CLASSES], np.uint8)
 
 
 @cache
@@ -67,7 +63,7 @@ def train_ids() -> np.ndarray:
     """The table (256,) from label id to train id: 0 to 18, 255 ignored, 254 for no such id."""
     table = np.full(256, UNKNOWN, np.uint8)
     table[[label.id for label in labels if label.id >= 0]] = IGNORE
-    table[label_ids()] = np.arange(len(_classes()))
+    table[label_ids()] = np.arange(len(CLASSES))
     return table
 
 
@@ -239,17 +235,9 @@ class Split:
         self.crop = params["crop"] if split == "train" else None
         self.test_size = params.get("test_size")
         columns = ("path", "digest", "label_path", "label_digest", "width", "height")
-        *paths, widths, heights = read_columns(manifest, split, *columns)
-        self.files = list(zip(*paths, strict=True))
-        self.frames = list(zip(paths[0], map(int, widths), map(int, heights), strict=True))
-
-    def __len__(self) -> int:
-        """The number of pairs."""
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        """An image's path in the data root."""
-        return self.files[index][0]
+        *pairs, widths, heights = read_columns(manifest, split, *columns)
+        self.paths, self.files = pairs[0], list(zip(*pairs, strict=True))
+        self.frames = list(zip(self.paths, map(int, widths), map(int, heights), strict=True))
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """An image and its train ids; scale, crop and flip come from `rng`."""

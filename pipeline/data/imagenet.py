@@ -204,18 +204,10 @@ class Split:
         numbers = {name: number for number, name in enumerate(self.names)}
         self.labels = np.array([numbers[name] for name in classes], np.int64)
 
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        """An image's path in the data root."""
-        return os.fsdecode(self.paths[index])
-
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """An image and its label; the crop and the flip of an augmented one come from `rng`."""
-        picture = read_picture(self.root / self.name(index), self.digests[index].decode())
-        image = Image.fromarray(picture)
+        path = self.root / os.fsdecode(self.paths[index])
+        image = Image.fromarray(read_picture(path, self.digests[index].decode()))
         if not self.augment:
             return np.asarray(centre_crop(image, self.size)), self.labels[index]
         image = random_resized_crop(image, self.size, rng)

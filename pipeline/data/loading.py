@@ -6,6 +6,7 @@ processes, sees the very same samples with the very same augmentation. Torch and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,13 +14,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from pipeline.errors import UserError, escaped
 from pipeline.sets import DataSet
-
-PADDING = 4  # of CIFAR-10's pictures, before the random crop
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,14 @@ class BatchDataset(Protocol):
 
 
 class Samples(Protocol):
-    """A split that is read from files, sample by sample."""
+    """A split that is read sample by sample."""
 
-    names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
+    names: tuple[str, ...]  # of the classes
+    paths: Sequence[str | bytes]  # or another name of each image
 
     def sample(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """An image (H, W, 3) uint8 and its target () or (H, W); `rng` draws what is random."""
         ...
-
-    def name(self, index: int) -> str: ...
 
 
 def draw(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -94,24 +89,25 @@ def spread(length: int, limit: int | None) -> np.ndarray:
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pixels (B, 3, H, W) uint8, as float32 in 0..1, minus `mean`, divided by `std` per channel."""
-    shift, scale = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std)
-    )
+    shift, scale = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
     return ((pixels.float() / 255 - shift) / scale).contiguous()
 
 
-class FileDataset:
-    """A `BatchDataset` of chosen samples of a split, which are read from files.
+class Chosen:
+    """A `BatchDataset` of `limit` samples of a split, spread evenly; None for all.
 
     Attributes:
         frames: Of Cityscapes: the path, width and height of each photo.
     """
 
-    def __init__(self, samples: Samples, chosen: np.ndarray, facts: DataSet, seed: int = 0) -> None:
-        self.samples, self.chosen, self.facts, self.seed = samples, chosen, facts, seed
+    def __init__(
+        self, samples: Samples, facts: DataSet, limit: int | None = None, seed: int = 0
+    ) -> None:
+        self.samples, self.facts, self.seed = samples, facts, seed
         self.names, self.classes = samples.names, len(samples.names)
+        self.chosen = spread(len(samples.paths), limit)
         frames: Sequence[tuple[str, int, int]] = getattr(samples, "frames", ())
-        self.frames = tuple(frames[i] for i in chosen) if frames else ()
+        self.frames = tuple(frames[i] for i in self.chosen) if frames else ()
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -137,57 +133,7 @@ class FileDataset:
 
     def name(self, index: int) -> str:
         """An image's path in the data root."""
-        return self.samples.name(self.chosen[index])
-
-
-class InMemory:
-    """A `BatchDataset` of small pictures held on a device, where its batches are made.
-
-    What is drawn at random is drawn on the CPU, so that every device makes the same samples.
-    """
-
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        names: Sequence[str],
-        facts: DataSet,
-        augment: bool = False,
-        seed: int = 0,
-        device: str = "cpu",
-    ) -> None:
-        """Holds `images` (N, 3, H, W) uint8 and `labels` (N,) int64; `augment` crops and flips."""
-        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
-        self.names, self.classes = tuple(names), len(names)
-        self.facts, self.augment, self.seed = facts, augment, seed
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.labels)
-
-    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        """The batch of `keys`, normalised, augmented as (seed, epoch, index) say."""
-        indices = torch.as_tensor(keys.indices, device=self.images.device)
-        images = self.images[indices]
-        if self.augment:
-            images = self._crop_and_flip(images, keys)
-        return normalised(images, self.facts.mean, self.facts.std), self.labels[indices]
-
-    def name(self, index: int) -> str:
-        """Which image of the split it is."""
-        return f"image {index}"
-
-    def _crop_and_flip(self, images: Tensor, keys: Keys) -> Tensor:
-        size = 2 * PADDING + 1
-        draws = [draw(self.seed, keys.epoch, i).integers(0, (size, size, 2)) for i in keys.indices]
-        top, left, flip = torch.from_numpy(np.stack(draws)).to(images.device).unbind(1)
-        height, width = (torch.arange(side, device=images.device) for side in images.shape[2:])
-        rows = top[:, None] + height
-        columns = left[:, None] + torch.where(flip[:, None] > 0, width.flip(0), width)
-        batch = torch.arange(len(images), device=images.device)[:, None, None]
-        padded = pad(images, [PADDING] * 4)
-        return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return os.fsdecode(self.samples.paths[self.chosen[index]])
 
 
 def batches(

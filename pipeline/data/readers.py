@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.loading import BatchDataset, FileDataset, InMemory, spread
+from pipeline.data.loading import BatchDataset, Chosen
 from pipeline.data.manifest import data_root, read_summary
 from pipeline.sets import SETS
 
@@ -37,7 +37,7 @@ def evaluation_data(
     Args:
         dataset: cifar10, imagenet or cityscapes.
         facts: Of the model, with its `params`.
-        machine: Where the data lie and, of CIFAR-10, are held.
+        machine: Where the data lie.
         limit: None for all.
 
     Raises:
@@ -55,15 +55,9 @@ def _open(
     augment: bool = False,
     seed: int = 0,
 ) -> BatchDataset:
-    facts = SETS[dataset]
     root = data_root(dataset, read_summary(dataset)["source"], machine)
     manifest = Path("results/data", dataset, "manifest.csv")
     # Imported by name, so that a training depends on the code of its own set alone
     reader = importlib.import_module(f"pipeline.data.{dataset}")
-    if dataset == "cifar10":
-        images, labels = reader.read_split(root, manifest, split)
-        chosen = spread(len(labels), limit)
-        images, labels, names = images[chosen], labels[chosen], reader.CLASSES
-        return InMemory(images, labels, names, facts, augment, seed, machine.device)
     samples = reader.Split(root, manifest, split, params, augment)
-    return FileDataset(samples, spread(len(samples), limit), facts, seed)
+    return Chosen(samples, SETS[dataset], limit, seed)
