@@ -97,7 +97,7 @@ class Predictor:
 
     def image(self, picture: np.ndarray) -> Tensor:
         """What the network sees of a picture (H, W, 3) RGB uint8: (1, 3, h, w), normalised."""
-        pixels = torch.from_numpy(np.array(self._sized(picture))).permute(2, 0, 1)
+        pixels = torch.from_numpy(self._sized(picture).copy()).permute(2, 0, 1)
         return normalised(pixels[None], self.dataset.mean, self.dataset.std)
 
     def best(self, shares: np.ndarray, count: int = BEST) -> dict[str, float]:
@@ -205,15 +205,9 @@ def run(
 ) -> None:
     """Predicts `sources` and prints what is seen; street scenes are also drawn.
 
-    Args:
-        predictor: The model.
-        sources: Pictures, folders of pictures, videos.
-        out: The folder to make for street scenes; None for the next free predictions/<number>.
-        video: A folder's pictures are the frames of a video.
-        form: A line per picture or video; or JSON or CSV for scripts, with every frame.
-
-    Raises:
-        UserError: A source cannot be read, or `out` exists or does not fit the model.
+    `out` is made for street scenes, by default the next free predictions/<number>. Lines are per
+    picture or video; JSON and CSV, for scripts, have every frame. With `video` a folder's pictures
+    are frames. Raises UserError if a source cannot be read, or `out` exists or does not fit.
     """
     if out and not predictor.segments:
         raise UserError("--out: is for segmentation; this model classifies")

@@ -32,8 +32,9 @@ from pipeline.weights import RESULTS, ZOO
 PRESETS = Path("params/paper.yaml")
 
 # published checkpoints also hold a numpy scalar, under either name of its module
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_SAFE = [np.dtype, np.dtypes.Float64DType, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
+_SCALAR = np.float64(0).__reduce__()[0]
+_OLDER = (_SCALAR, "numpy.core.multiarray.scalar")
+_SAFE: list[Any] = [np.dtype, np.dtypes.Float64DType, _SCALAR, _OLDER]
 
 
 def import_weights(
@@ -41,16 +42,9 @@ def import_weights(
 ) -> Path:
     """Writes a model of this project from a checkpoint of the authors or a model.pt of version 0.1.
 
-    Nothing in the file is executed.
-
-    Args:
-        file: Of either release of the authors, or of version 0.1.
-        model: The preset that the authors' file belongs to: <set>-<name>, as imagenet-mdeq-small.
-        out: The file to write, which is returned; None for where its stage would.
-        presets: The params file with the preset.
-
-    Raises:
-        UserError: The file is neither, or does not fit the preset, or `out` exists.
+    `model` names the preset in `presets` that the authors' file belongs to: imagenet-mdeq-small.
+    The new file, `out` or where its stage would write it, is returned. Nothing in the old one is
+    executed. Raises UserError if it does not fit, or the new one exists.
     """
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such file")

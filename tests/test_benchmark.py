@@ -58,7 +58,7 @@ def test_models_take_turns_and_the_stage_writes_numbers_facts_and_every_round(
         return 100 if model.head is None else 25
 
     monkeypatch.setattr(benchmark.Trainee, "step", noted)
-    monkeypatch.setattr(benchmark, "memory_in_fresh_process", memory)
+    monkeypatch.setattr(benchmark, "memory_alone", memory)
     benchmark.run(PARAMS, Machine(tmp_path))
     out = Path("results/benchmark")
     names = "facts.json figure4b.png figure4b.svg metrics.json run.jsonl times.csv"
@@ -83,5 +83,5 @@ def test_models_take_turns_and_the_stage_writes_numbers_facts_and_every_round(
 @pytest.mark.slow
 def test_memory_is_that_of_the_model_alone(tmp_path: Path) -> None:
     model = PARAMS.models["explicit"]
-    measured = benchmark.memory_in_fresh_process(model, PARAMS, Machine(tmp_path))
+    measured = benchmark.memory_alone(model, PARAMS, Machine(tmp_path))
     assert 0 <= measured < 200 * 2**20  # torch itself takes more

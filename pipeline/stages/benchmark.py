@@ -46,7 +46,7 @@ def run(params: BenchmarkParams, machine: Machine) -> None:
     with recorded("benchmark", None, plain(params), machine) as (out, record):
         memory = {}
         for name, model in track(params.models.items(), "benchmark: memory"):
-            memory[name] = memory_in_fresh_process(model, params, machine)
+            memory[name] = memory_alone(model, params, machine)
         times, counts = measure_time(params, machine)
         write_measures(out, record, summarise(times, counts, memory, params.reference), facts)
         files.write_text(out / "times.csv", times.to_csv(index=False, float_format="%.6g"))
@@ -59,18 +59,16 @@ def run(params: BenchmarkParams, machine: Machine) -> None:
 def summarise(
     times: pd.DataFrame, counts: dict[str, dict[str, int]], memory: dict[str, int], reference: str
 ) -> dict[str, float]:
-    """The numbers of metrics.json.
+    """The numbers of metrics.json: counts, memory, and medians over the rounds.
 
-    For each model: seconds (median over the rounds), memory_bytes, relative_time (median over the
-    rounds of the ratio to the reference in the same round), relative_memory, parameters, and for
-    equilibrium models forward_evaluations and backward_evaluations of f in a step.
+    The relative time is the median of the ratios to the reference in the same round.
     """
     table = pd.DataFrame(counts).T
     table["seconds"] = times.groupby("model")["seconds"].median()
     table["relative_time"] = figures.relative_times(times, reference).median()
     table["memory_bytes"] = pd.Series(memory)
     table["relative_memory"] = table["memory_bytes"] / memory[reference]
-    stacked = table.stack().dropna()
+    stacked: Any = table.stack().dropna()
     return {f"{model}/{measure}": float(value) for (model, measure), value in stacked.items()}
 
 
@@ -129,10 +127,8 @@ def _build(model: BenchmarkModel) -> nn.Module:
     return Architecture(model.model, model.head, CLASSES, forward, backward).build()
 
 
-def memory_in_fresh_process(
-    model: BenchmarkModel, params: BenchmarkParams, machine: Machine
-) -> int:
-    """Peak bytes of training, with the optimizer state, beyond what torch itself takes."""
+def memory_alone(model: BenchmarkModel, params: BenchmarkParams, machine: Machine) -> int:
+    """Peak bytes in a fresh process, with the optimizer state, beyond what torch itself takes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_bytes, model, params, machine).result()

@@ -113,13 +113,12 @@ def measure(
     for number, images in enumerate(track(drawn, "convergence: batches", params.batches)):
         with torch.no_grad():
             f, z0, scales = backbone.fixed_point_problem(images.to(device))
-        found = []
-        for solver in params.solvers:
+        for place, solver in enumerate(params.solvers):
             columns, best = trace(f, z0, solver, params.steps, scales.lengths)
             tables.append(tabulate(columns, solver.kind, number))
-            found.append(best)
-        torch.manual_seed(params.seed)
-        radii.append(spectral_radius(f, found[0]))
+            if place == 0:
+                torch.manual_seed(params.seed)
+                radii.append(spectral_radius(f, best))
     return pd.concat(tables, ignore_index=True), torch.cat(radii)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,15 +77,22 @@ def evaluate(
         backbone = network.backbone
         backbone.forward_solver = replace(backbone.forward_solver, steps=params.steps)
     matrix = ConfusionMatrix(split.classes)
-    metric, note = trained.metric(), partial(_count, matrix)
     if trained.segments:
         shutil.rmtree(predictions, ignore_errors=True)
         predictions.mkdir(parents=True)
-        metric, note = matrix, partial(_write, predictions, iter(getattr(split, "frames", ())))
+    frames = iter(getattr(split, "frames", ()))
+
+    def note(logits: Tensor, targets: Tensor, _: Solution | None) -> None:
+        if not trained.segments:
+            matrix.update(logits, targets)
+            return
+        for answer in resize(logits, targets.shape[1:]).argmax(1).cpu().numpy():
+            cityscapes.write_prediction(predictions, next(frames), answer)
+
     values = evaluate_split(
         network,
         split,
-        metric,
+        matrix if trained.segments else trained.metric(),
         batch=params.batch,
         device=machine.device,
         workers=machine.workers,
@@ -94,17 +100,6 @@ def evaluate(
         watch=partial(track, title=f"evaluate {trained.title}"),
     )
     return values, matrix
-
-
-def _count(matrix: ConfusionMatrix, logits: Tensor, targets: Tensor, _: Solution | None) -> None:
-    matrix.add(logits.argmax(1), targets)
-
-
-def _write(
-    folder: Path, frames: Iterator[Any], logits: Tensor, targets: Tensor, _: Solution | None
-) -> None:
-    for answer in resize(logits, targets.shape[1:]).argmax(1).cpu().numpy():
-        cityscapes.write_prediction(folder, next(frames), answer)
 
 
 def by_steps(trained: Trained, params: EvaluateParams, machine: Machine) -> pd.DataFrame:
@@ -119,27 +114,23 @@ def by_steps(trained: Trained, params: EvaluateParams, machine: Machine) -> pd.D
     if not up_to or not isinstance(network, Network) or network.backbone.config.unrolled:
         return pd.DataFrame(columns=["evaluations", "accuracy", "residual"])
     metrics = [trained.metric() for _ in range(up_to)]
-    residuals = []
+    residuals: list[list[Tensor]] = [[] for _ in range(up_to)]
     workers = machine.workers
     loader = batches(trained.split, params.batch, seed=0, epoch=0, shuffle=False, workers=workers)
     with torch.inference_mode():
         for images, targets in track(loader, f"by evaluations of f: {trained.title}"):
-            logits, residual = every_limit(network, images.to(machine.device), up_to)
-            for metric, answer in zip(metrics, logits, strict=True):
-                metric.update(answer.float(), targets.to(machine.device))
-            residuals.append(residual.double().cpu())
-    residual = torch.cat(residuals, 1)
-    return pd.DataFrame(
-        {
-            "evaluations": range(1, up_to + 1),
-            "accuracy": [metric.compute()[trained.dataset.measure] for metric in metrics],
-            "residual": torch.where(residual.isfinite(), residual, torch.nan).nanmean(1).numpy(),
-        }
-    )
+            answers = every_limit(network, images.to(machine.device), up_to)
+            for row, (logits, residual) in enumerate(answers):
+                metrics[row].update(logits.float(), targets.to(machine.device))
+                residuals[row].append(residual[residual.isfinite()].double().cpu())
+    table = pd.DataFrame({"evaluations": range(1, up_to + 1)})
+    table["accuracy"] = [metric.compute()[trained.dataset.measure] for metric in metrics]
+    table["residual"] = [float(torch.cat(parts).mean()) for parts in residuals]
+    return table
 
 
-def every_limit(network: Network, images: Tensor, up_to: int) -> tuple[Iterator[Tensor], Tensor]:
-    """Logits and relative residuals (up_to, B) by limits of 1, 2, ... steps, from one solve."""
+def every_limit(network: Network, images: Tensor, up_to: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and relative residuals (B,) with a limit of 1, 2, ..., `up_to` steps, by one solve."""
     f, z0, scales = network.backbone.fixed_point_problem(images)
     iterates: list[Tensor] = []
 
@@ -151,11 +142,11 @@ def every_limit(network: Network, images: Tensor, up_to: int) -> tuple[Iterator[
     solver = replace(usual, steps=up_to, tolerance=0.0, stop="relative")
     trace = solver(watched, z0).trace.nan_to_num(torch.inf, torch.inf)
     trace[0, trace[0] > 0] = torch.inf  # z0 is an answer only where it solves
-    residuals, best = trace.cummin(0)  # a solver returns the iterate of smallest residual
-    rows = torch.arange(1, up_to + 1, device=best.device).clamp(max=len(best) - 1)
-    states, samples = torch.stack(iterates), torch.arange(len(images), device=best.device)
-    logits = (network.head(scales.split(states[row, samples])) for row in best[rows])
-    return logits, residuals[rows]
+    states, samples = torch.stack(iterates), torch.arange(len(images), device=images.device)
+    for limit in range(1, up_to + 1):
+        # a solver returns the iterate of smallest residual
+        residual, best = trace[: limit + 1].min(0)
+        yield network.head(scales.split(states[best, samples])), residual
 
 
 def examples(trained: Trained, count: int, device: str) -> Figure:
