@@ -29,27 +29,13 @@ def repository() -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with the params files, made the working directory; the user's machine settings are out."""
+    """The working directory, with the params files; the environment sets nothing."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copytree(ROOT / "params", tmp_path / "params")
     monkeypatch.chdir(tmp_path)
-    for name in (
-        "DEVICE",
-        "WORKERS",
-        "THREADS",
-        "DATA_CIFAR10",
-        "DATA_IMAGENET",
-        "DATA_CITYSCAPES",
-    ):
+    for name in "DEVICE WORKERS THREADS DATA_CIFAR10 DATA_IMAGENET DATA_CITYSCAPES LAUNCH".split():
         monkeypatch.delenv(f"MDEQ_{name}", raising=False)
-    for name in (
-        "DVC_ROOT",
-        "DVC_STAGE",
-        "MLFLOW_TRACKING_URI",
-        "MLFLOW_EXPERIMENT_NAME",
-        "RANK",
-        "MDEQ_LAUNCH",
-    ):
+    for name in "DVC_ROOT DVC_STAGE MLFLOW_TRACKING_URI MLFLOW_EXPERIMENT_NAME RANK".split():
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 

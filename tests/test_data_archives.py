@@ -1,4 +1,4 @@
-"""The official archives: unpacked whole or not at all, without trust, again when replaced."""
+"""The official archives: unpacked whole or not at all, without trust, never over a folder."""
 
 from __future__ import annotations
 

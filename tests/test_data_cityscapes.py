@@ -145,13 +145,6 @@ def test_pictures_of_several_sizes_need_a_test_size(root: Path, manifest_of: Cal
     assert validation(root, manifest, [16, 24])[Keys(0, [0, 1, 2])][0].shape == (3, 3, 16, 24)
 
 
-def test_what_is_missing_is_said_with_how_to_fetch_it(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="leftImg8bit/train: no such folder.*`csDownload leftImg8bit_"
-    ):
-        cityscapes.find(tmp_path)
-
-
 def test_the_official_tool_scores_predictions_as_we_do(root: Path, manifest_of: Callable) -> None:
     """Class by class: it finds our files by name, reads our ids, and generated instances."""
     samples = Split(root, manifest_of(cityscapes, root), "val", {})

@@ -96,8 +96,11 @@ def test_outputs_and_the_same_bytes_again(
 
 
 def test_only_what_changed_is_read_again(machine: Machine, photos: Path, read: list[str]) -> None:
+    """And outputs that DVC's cache links are replaced, never written through."""
     prepare.run("imagenet", FOLDER, machine)
     before = outputs("imagenet")
+    for output in before:
+        os.link(f"results/data/imagenet/{output}", f"cached-{output}")
     changed = next((photos / "train").rglob("*.JPEG"))
     Image.new("RGB", (50, 40), "red").save(changed, "JPEG")
     read.clear()
@@ -105,6 +108,7 @@ def test_only_what_changed_is_read_again(machine: Machine, photos: Path, read: l
     assert read == [changed.relative_to(photos).as_posix()]
     after = outputs("imagenet")
     assert all(after[output] != before[output] for output in prepare.OUTPUTS)
+    assert {output: Path(f"cached-{output}").read_bytes() for output in before} == before
 
 
 def test_after_a_broken_file_is_repaired_the_rest_is_not_read_again(
@@ -134,7 +138,14 @@ def test_a_manifest_does_not_depend_on_where_the_data_lie(machine: Machine, tmp_
 
 @pytest.mark.parametrize("name", PARAMS)
 def test_missing_data_are_one_line_that_names_the_place(name: str, machine: Machine) -> None:
-    with pytest.raises(UserError, match=f"data/{name}/.*: no such folder; .*put") as caught:
+    source = {
+        "cifar10": "tar.gz",
+        "imagenet": "https://image-net",
+        "cityscapes": "`csDownload left",
+    }
+    with pytest.raises(
+        UserError, match=f"data/{name}/.*: no such folder; .*{source[name]}"
+    ) as caught:
         prepare.run(name, FOLDER, machine)
     assert str(caught.value).isprintable()
     assert not Path("results").exists()
@@ -166,14 +177,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def as_a_folder(path: Path) -> None:
+def dangle(path: Path) -> None:
     path.unlink()
     path.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize(
-    "spoil", [flip, lambda path: path.write_bytes(b""), Path.unlink, as_a_folder]
-)
+@pytest.mark.parametrize("spoil", [flip, Path.unlink, dangle, lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("damaged", DAMAGED)
 def test_any_damage_is_repaired_by_the_same_command(
     machine: Machine, photos: Path, damaged: str, spoil: Callable[[Path], Any]
@@ -184,17 +193,6 @@ def test_any_damage_is_repaired_by_the_same_command(
     prepare.run("imagenet", FOLDER, machine)
     assert without_run("imagenet") == first
     evaluation_data("imagenet", {"params": {"image": 24}}, machine)[Keys(0, [0, 1])]
-
-
-def test_linked_outputs_are_replaced_never_written_through(machine: Machine, photos: Path) -> None:
-    prepare.run("imagenet", FOLDER, machine)
-    before = outputs("imagenet")
-    for output in prepare.OUTPUTS:
-        os.link(f"results/data/imagenet/{output}", f"cached-{output}")
-    flip(next((photos / "train").rglob("*.JPEG")))
-    Image.new("RGB", (50, 40), "red").save(next((photos / "train").rglob("*.JPEG")), "JPEG")
-    prepare.run("imagenet", FOLDER, machine)
-    assert {output: Path(f"cached-{output}").read_bytes() for output in before} == before
 
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
@@ -265,15 +263,17 @@ def test_killed_at_any_moment_the_same_command_gives_the_same(
 
 
 def test_the_stage_does_not_import_torch(machine: Machine, repository: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from pipeline.stages import prepare; from pipeline.machine import Machine\n"
-        "from pipeline.settings import GeneratedCityscapes, PrepareParams\n"
-        "drawn = GeneratedCityscapes(train=1, val=1, height=32, width=64)\n"
-        "p = PrepareParams(source='generated', generated=drawn)\n"
-        "prepare.run('cityscapes', p, Machine(root=Path.cwd()))\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(repository)}
-    )
+    code = """
+import sys
+from pathlib import Path
+from conftest import DRAWN
+from pipeline.machine import Machine
+from pipeline.settings import PrepareParams
+from pipeline.stages import prepare
+params = PrepareParams(source="generated", generated=DRAWN["cityscapes"])
+prepare.run("cityscapes", params, Machine(root=Path.cwd()))
+assert "torch" not in sys.modules
+"""
+    paths = f"{repository}{os.pathsep}{repository / 'tests'}"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
