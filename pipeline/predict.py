@@ -72,7 +72,7 @@ class Predictor:
             self.dataset = SETS[self.facts["dataset"]]
             self.params = dict(self.facts["params"])
             self.names = words([str(name) for name in self.facts["names"]])
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             self.names = []
         if len(self.names) != architecture.classes:
             raise UserError(f"{model}: does not name its data set and classes; import it again")

@@ -137,12 +137,13 @@ def _card(trained: Path, evaluated: Path) -> dict[str, Any]:
     if where["model_digest"] != files.file_digest(trained / MODEL):
         raise UserError(f"{evaluated}: of another model; {cure}")
     own = load_model(trained / MODEL)[2]
+    cores = origin["threads"] * origin["processes"]
     return {
         "params": own["params"],
         "seed": own["seed"],
         "commit": own["commit"],
         "device": origin["device"],
-        "core-hours": origin["threads"] * training["time/seconds"] / 3600,
+        "core-hours": cores * training["time/seconds"] / 3600,
         "data": {key: where[key] for key in ("dataset", "source", "digest")},
         "parameters": training["parameters"],
         "measured": measured,

@@ -203,8 +203,9 @@ def results(source: str = "folder") -> None:
     trained, evaluated = Path("results/classify/tiny"), Path("results/evaluate/cifar10-tiny")
     facts = {"dataset": "cifar10", "seed": 0, "commit": "abc", "params": {"batch": 2}}
     save_model(trained / "model.safetensors", network(), ARCHITECTURE, facts)
+    origin = {"device": "abacus", "threads": 2, "processes": 3, "cores": 64}
     files.write_json(trained / "metrics.json", {"time/seconds": 7200.0, "parameters": 10})
-    files.write_json(trained / "facts.json", {"device": "abacus", "threads": 2, "cores": 64})
+    files.write_json(trained / "facts.json", origin)
     files.write_text(trained / "history.csv", "epoch,eval/top1\n1,50\n")
     files.write_json(evaluated / "metrics.json", {"eval/top1": 60.0})
     digest = files.file_digest(trained / "model.safetensors")
@@ -222,7 +223,7 @@ def test_a_published_model_has_its_card_and_is_found_by_name(
     monkeypatch.setattr(weights, "ZOO", here / "zoo")
     path = zoo.publish("classify", "tiny", "cifar10-tiny", here / "zoo")
     card = json.loads((here / "zoo/cifar10-tiny.json").read_text())
-    assert card["core-hours"] == 4 and card["device"] == "abacus" and card["commit"] == "abc"
+    assert card["core-hours"] == 12 and card["device"] == "abacus" and card["commit"] == "abc"
     assert card["measured"] == {"eval/top1": 60.0} and card["params"] == {"batch": 2}
     assert card["by evaluations of f"][1] == {"evaluations": 2, "accuracy": 60, "residual": 0.1}
     assert card["confusion"] == {"true": ["across", "down"], "across": [3, 2], "down": [1, 3]}
