@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,9 @@ from benchmarks import memory, peers, setting, timing
 from benchmarks.columns import Column, Probe, Step, contestants, ours, probe
 from benchmarks.published_broyden import PublishedBroyden
 from mdeq import Architecture, Broyden, ClassificationHeadConfig, Implicit, MDEQConfig, Network
-from mdeq.equilibrium import FixedPoint
+from mdeq.multiscale import Scales
 from mdeq.saved import save
-from mdeq.solvers import Map
+from mdeq.solvers import FixedPoint, Map
 from pipeline.params import load
 
 RADIUS, DIM = 0.7, 4
@@ -246,3 +247,59 @@ def test_what_is_missing_is_said_in_one_line(options: list[str], tmp_path: Path)
 
 
 # ---- docs/benchmarks.md
+
+
+# ---- docs/benchmarks.md and docs/equilibrium.md
+
+
+def measured(pattern: str) -> dict[str, dict[str, Any]]:
+    """The records of docs/measured by model."""
+    files = sorted((DOCS / "measured").glob(pattern))
+    return {file.stem.partition("-")[2]: json.loads(file.read_text("utf-8")) for file in files}
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    page = (DOCS / "benchmarks.md").read_text("utf-8")
+    records = measured("peers-*.json")
+    assert len(records) == 4 and "5 to 7 rounds" in page
+    for record in records.values():
+        assert peers.markdown(record["columns"]) in page
+        assert all(5 <= len(row["samples"]) <= 7 for row in record["columns"])
+        assert record["threads"] == record["cpus"] == 1
+    rises = {name: record["columns"] for name, record in measured("memory-*.json").items()}
+    assert len(rises) == 2
+    for columns in rises.values():
+        assert memory.markdown(columns) in page
+
+
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "README.md"])
+def test_a_range_holds_for_every_setting(page: str) -> None:
+    """Where a page says "A to B times", of a peer and solver: the worst and the best record."""
+    text = (DOCS.parent / page).read_text("utf-8")
+    found = re.findall(r"([\d.]+) to ([\d.]+) times \(([^)]+)\)", " ".join(text.split()))
+    rows = [row for record in measured("peers-*.json").values() for row in record["columns"]]
+    for low, high, name in found:
+        times = [row["times"] for row in rows if row["name"] == name]
+        assert (f"{min(times):.1f}", f"{max(times):.1f}") == (low, high), name
+    assert found or page == "README.md"
+
+
+def test_ours_reach_the_residuals_of_the_same_solver() -> None:
+    """What makes the ratios fair; a peer may make one product more."""
+    for model, record in measured("peers-*.json").items():
+        rows = {row["name"]: row for row in record["columns"]}
+        for row in rows.values():
+            if "counterpart" in row:
+                own = rows[row["counterpart"]]
+                for key in ("forward_residual", "backward_residual"):
+                    assert row[key] is None or own[key] <= 1.15 * row[key], (model, row["name"], key)
+
+
+def test_the_code_and_the_numbers_about_equilibria() -> None:
+    page = (DOCS / "equilibrium.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile("\n".join(blocks), "docs/equilibrium.md", "exec"), {})
+    size = sum(Scales.of((24, 24), 32, 32).lengths)
+    text = " ".join(page.split())
+    assert f"D is {size:,}" in text and f"takes {18 * 32 * size * 4 / 1e6:.0f} MB" in text
