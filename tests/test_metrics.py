@@ -37,16 +37,12 @@ def test_topk_has_no_top5_of_five_classes() -> None:
     assert metric.compute() == {"eval/top1": 100.0, "eval/macro": 100.0}
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, math.nan])
 def test_a_network_without_an_answer_is_not_right(value: float) -> None:
     metric = TopK(10)
+    assert math.isnan(metric.compute()["eval/top1"])  # no samples are not 0 per cent
     metric.update(torch.full((8, 10), value), torch.zeros(8, dtype=torch.int64))
     assert metric.compute()["eval/top1"] == 0.0
-
-
-def test_no_samples_is_nan_not_zero() -> None:
-    assert math.isnan(TopK(10).compute()["eval/top1"])
-    assert math.isnan(ConfusionMatrix(3).compute()["eval/miou"])
 
 
 def official_iou(label: int, confusion: np.ndarray) -> float:
@@ -160,10 +156,3 @@ def test_solver_statistics_are_per_sample_and_failures_are_counted() -> None:
     expected = float(second[second.isfinite()].mean())
     assert values["solver/residual_after_2"] == pytest.approx(expected)
     assert SolverStatistics().compute() == {}
-
-
-def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected logits"):
-        TopK(10).update(torch.zeros(4, 9), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="expected logits"):
-        ConfusionMatrix(3).update(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64))

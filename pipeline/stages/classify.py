@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.machine import Machine
-from pipeline.params import ClassifyParams
-from pipeline.recipe import Debug
+from functools import partial
+
 from pipeline.train import experiment
 
-
-def run(model: str, params: ClassifyParams, machine: Machine, debug: Debug | None = None) -> None:
-    """Trains `classify.<model>` and writes results/classify/<model>/; see `experiment.run`."""
-    experiment.run("classify", model, params, machine, debug)
+run = partial(experiment.run, "classify")

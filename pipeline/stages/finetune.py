@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.machine import Machine
-from pipeline.params import FinetuneParams
-from pipeline.recipe import Debug
+from functools import partial
+
 from pipeline.train import experiment
 
-
-def run(model: str, params: FinetuneParams, machine: Machine, debug: Debug | None = None) -> None:
-    """Trains `finetune.<model>`, from its backbone if it has one, and writes its results.
-
-    They go to results/finetune/<model>/; see `experiment.run`.
-    """
-    experiment.run("finetune", model, params, machine, debug)
+run = partial(experiment.run, "finetune")

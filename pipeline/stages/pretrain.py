@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.machine import Machine
-from pipeline.params import PretrainParams
-from pipeline.recipe import Debug
+from functools import partial
+
 from pipeline.train import experiment
 
-
-def run(model: str, params: PretrainParams, machine: Machine, debug: Debug | None = None) -> None:
-    """Trains `pretrain.<model>` and writes results/pretrain/<model>/; see `experiment.run`."""
-    experiment.run("pretrain", model, params, machine, debug)
+run = partial(experiment.run, "pretrain")

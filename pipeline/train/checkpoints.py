@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,27 +21,18 @@ from mdeq import saved
 from mdeq.saved import Architecture
 from pipeline import files
 from pipeline.errors import UserError
+from pipeline.train import distributed
 
-MAGIC = b"mdeq training state 1\n"
 MODEL = "model.safetensors"
 LOCK = "lock"
+DIGITS = 32  # of a digest
 RESTORE = "restore it with `dvc repro`, or import it again"
 
 
 def save_model(
     path: Path, model: nn.Module, architecture: Architecture, facts: dict[str, Any]
 ) -> None:
-    """Writes a finished model.
-
-    Args:
-        path: Of the file; its folder is made.
-        model: Its weights are stored.
-        architecture: What `load_model` rebuilds.
-        facts: JSON-like: stage, model, data set, names of the classes, params, versions, ...
-
-    Raises:
-        UserError: The disk refuses.
-    """
+    """Writes a finished model; `facts` are JSON-like. Raises a UserError if the disk refuses."""
     files.write(path, saved.save(model, architecture, facts))
 
 
@@ -52,72 +42,53 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Architecture
     Raises:
         UserError: The file is missing, damaged, or not a model of this project.
     """
-    content = _model_bytes(path)
     try:
-        model = saved.read(content)
+        model = saved.read(path.read_bytes())
         return model.build(device), model.architecture, model.facts
     except ImportError as error:
         raise UserError(f"{path}: {error}; run `pip install '.[explicit]'`") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; {RESTORE}") from None
-
-
-def model_digest(path: Path) -> str:
-    """The digest of a model's file.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    return files.digest(_model_bytes(path))
-
-
-def _model_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {RESTORE}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {RESTORE}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: {reason}; {RESTORE}") from None
 
 
 class RunState:
-    """The resumable state of one training, a store as `train` wants one.
+    """The resumable state of one training.
 
-    It lies outside DVC's outputs, which DVC deletes before a stage: in `work`/<fingerprint>/.
-
-    Args:
-        work: The folder of the stage's instance: work/<stage>-<model>.
-        identity: What the state belongs to: params, data, code, versions. Each has its own state.
-        name: Of this training among those of the instance: its seed.
-        position: Of the run file, called at each save and stored with the state.
+    It lies outside DVC's outputs, which DVC deletes before a stage: in `work`/<fingerprint>/, by
+    `identity`: params, data, code, versions. The file is what torch saves, and its digest.
+    `position`, of the run file, is called at each save and stored with the state; `folder` is for
+    what goes with the state.
     """
 
     def __init__(
-        self,
-        work: Path,
-        identity: dict[str, Any],
-        name: str,
-        position: Callable[[], int] = lambda: 0,
+        self, work: Path, identity: dict[str, Any], name: str, position: Callable[[], int] = int
     ) -> None:
         self.work = work / fingerprint(identity)
         self.path = self.work / f"{name}.pt"
         self.folder = self.work / f"{name}-equilibria"
-        self.position = position
-        self._identity = identity
+        self._identity, self._position = identity, position
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state; None if there is none.
+        """The last saved state, with the `position` of its save; None if there is none.
 
         Raises:
             UserError: The file is damaged.
         """
-        saved = self._read()
-        return saved and saved["state"]
-
-    def recorded(self) -> int | None:
-        """The position of the run file at the last save; None if there is no state."""
-        saved = self._read()
-        return saved and saved["position"]
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self.damaged(f"cannot be read ({error.strerror})") from None
+        payload, digest = content[:-DIGITS], content[-DIGITS:]
+        if digest != files.digest(payload).encode():
+            raise self.damaged("damaged")
+        try:
+            state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            return {**state, "position": int(state["position"])}
+        except Exception as error:  # whatever torch makes of a file with other content
+            raise self.damaged("not a state of a training") from error
 
     def save(self, state: dict[str, Any]) -> None:
         """Stores the state; the one saved before stays until this one is whole.
@@ -127,39 +98,17 @@ class RunState:
         first = not self.path.exists()
         if first:
             files.write_json(self.work / "identity.json", self._identity)
-        buffer = io.BytesIO(MAGIC)
-        buffer.seek(len(MAGIC) + 33)
-        torch.save({"state": state, "position": self.position()}, buffer)
-        view = buffer.getbuffer()
-        digest = files.digest(bytes(view[len(MAGIC) + 33 :]))
-        view[len(MAGIC) : len(MAGIC) + 33] = f"{digest}\n".encode()
-        files.write(self.path, view)
+        buffer = io.BytesIO()
+        torch.save(state | {"position": self._position()}, buffer)
+        buffer.write(files.digest(buffer.getvalue()).encode())
+        files.write(self.path, buffer.getvalue())
         if not first:
             delete_others(self.work)
 
     def damaged(self, reason: str) -> UserError:
-        """The error that tells what is wrong with the file, and the way out."""
-        return UserError(
-            f"{self.path}: {reason}; delete {self.path} and rerun: training starts again"
-        )
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self.damaged(f"cannot be read ({error.strerror})") from None
-        head, payload = content[: len(MAGIC) + 33], content[len(MAGIC) + 33 :]
-        if head != MAGIC + f"{files.digest(payload)}\n".encode():
-            raise self.damaged("damaged")
-        try:
-            found = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-            if isinstance(found["state"], dict) and isinstance(found["position"], int):
-                return found
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
-            pass
-        raise self.damaged("not a state of a training")
+        """The error that says what is wrong with the file, and the way out."""
+        cure = f"delete {self.path} and rerun: training starts again"
+        return UserError(f"{self.path}: {reason}; {cure}")
 
 
 @contextlib.contextmanager
@@ -168,42 +117,30 @@ def claimed(work: Path, results: Path, locks: Path) -> Iterator[None]:
 
     Two commands with different params for one model, in one checkout, would mix their results.
 
-    Args:
-        work: The folder of the state.
-        results: The folder of the results.
-        locks: The folder of the locks of results.
+    Of several processes that train together only the first needs to ask.
 
     Raises:
         UserError: Another process has one of them, or the file system has no locks.
     """
-    name = files.digest(str(results.resolve()).encode())
-    busy = f"{results}: another process is training a model of this name; let it finish"
-    training = f"{work}: another process is training this very model; let it finish"
-    with files.locked(locks / name, busy), files.locked(work / LOCK, training):
+    if distributed.rank() != 0:
+        yield
+        return
+    lock = locks / files.digest(str(results.resolve()).encode())
+    busy = "another process is training {}; let it finish"
+    same_name = files.locked(lock, f"{results}: {busy.format('a model of this name')}")
+    same_model = files.locked(work / LOCK, f"{work}: {busy.format('this very model')}")
+    with same_name, same_model:
         files.remove_partial(work)
         files.remove_partial(results)
         yield
 
 
-def delete(states: list[RunState], record: str) -> None:
-    """Deletes the states of a finished instance, the last training first.
-
-    Killed in between, the same command finishes the same run once more: its file goes last.
-
-    Args:
-        states: Of the trainings in their order.
-        record: The name of the run file beside them.
-    """
-    work = states[0].work
-    for state in reversed(states):
-        shutil.rmtree(state.folder, ignore_errors=True)
-        state.path.unlink(missing_ok=True)
+def delete(work: Path) -> None:
+    """Deletes the state of a finished instance, at once: one killed before ends again."""
     delete_others(work)
-    for path in work.iterdir():
-        if path.name not in (LOCK, record):
-            path.unlink()
-    (work / record).unlink(missing_ok=True)
-    shutil.rmtree(work)
+    done = work.with_name(f"{work.name}-done")
+    work.rename(done)
+    shutil.rmtree(done)
     with contextlib.suppress(OSError):  # another experiment's state is there
         work.parent.rmdir()
 
@@ -217,11 +154,11 @@ def delete_others(work: Path) -> None:
 
 def differences(work: Path, identity: dict[str, Any]) -> list[str]:
     """The keys in which an older state of this instance, if any, differs from `identity`."""
+    new = json.loads(json.dumps(identity))
     for other in _others(work):
         with contextlib.suppress(UserError):
-            old = _flat(files.read_json(other / "identity.json", ""))
-            new = _flat(json.loads(json.dumps(identity)))
-            return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+            old = files.read_json(other / "identity.json", "")
+            return sorted(key for key in old | new if old.get(key) != new.get(key))
     return []
 
 
@@ -231,16 +168,4 @@ def fingerprint(identity: dict[str, Any]) -> str:
 
 
 def _others(work: Path) -> list[Path]:
-    if not work.parent.is_dir():
-        return []
-    return sorted(path for path in work.parent.iterdir() if path.is_dir() and path != work)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = inner
-    return flat
+    return [path for path in sorted(work.parent.glob("*/")) if path != work]

@@ -80,14 +80,7 @@ def from_first(value: Value) -> Value:
 
 def from_all(value: Value) -> list[Value]:
     """The values of all processes in their order, in every process."""
-    values: list[Value] = [value] * count()
+    values = [value] * count()
     if count() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, as Python, CUDA, torch on a CPU or cuBLAS say it."""
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or any(sign in str(error) for sign in signs)

@@ -9,17 +9,15 @@ dropout masks and Jacobian probes.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import FrameType
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,20 +26,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mdeq import Network, Prediction, Solution
-from pipeline.data.loading import BatchDataset, Share, batches, order
+from pipeline.data.loading import BatchDataset, Share, batches
 from pipeline.errors import Stopped, UserError
 from pipeline.recipe import Precision, Recipe
 from pipeline.train import distributed
-from pipeline.train.metrics import SolverStatistics
+from pipeline.train.checkpoints import RunState
+from pipeline.train.metrics import Metric, SolverStatistics
 from pipeline.train.optimizers import make_optimizer, schedule, set_learning_rate
 from pipeline.train.warm_start import LastEquilibria
 
 Row = dict[str, float]
 Batch = tuple[Tensor, Tensor]
 Predict = Callable[[nn.Module, Tensor], Prediction]
-OnBatch = Callable[[Tensor, Tensor, Solution | None], None]
 NAMES = 8  # of files in a message
 SMALLEST_SCALE = 2.0**-24  # of the loss in float16: below it no gradient can be finite
+# what Python, CUDA, torch on a CPU and cuBLAS say
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemory", "out of memory", "t allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -61,62 +61,14 @@ class Task:
     weight: Callable[[Tensor], float | Tensor] = len
 
 
-class Metric(Protocol):
-    """Accumulates over batches in `counts`, whole numbers; `compute` names them as in eval/top1."""
-
-    counts: Tensor
-
-    def update(self, logits: Tensor, targets: Tensor) -> None: ...
-
-    def compute(self) -> Row: ...
-
-
-class Store(Protocol):
-    """Keeps the resumable state, and in `folder` what goes with it; `damaged` makes an error."""
-
-    folder: Path
-
-    def load(self) -> dict[str, Any] | None: ...
-
-    def save(self, state: dict[str, Any]) -> None: ...
-
-    def damaged(self, reason: str) -> UserError: ...
-
-
 class Observer(Protocol):
     """Watches a run: every update, the batches of a validation, and the rows to record."""
 
     def step(self, step: int, total: int, values: Row) -> None: ...
 
-    def validating(self, batches: Iterable[Batch]) -> Iterable[Batch]: ...
+    def validating(self, batches: Any) -> Iterable[Batch]: ...
 
     def record(self, step: int, row: Row) -> None: ...
-
-
-@dataclass
-class _State:
-    """What a run consists of so far, besides its model and optimizer."""
-
-    epoch: int = 0
-    batch: int = 0  # the next one of the epoch
-    step: int = 0
-    loss_sum: float = 0.0  # of the epoch
-    seconds: float = 0.0  # of training, over all processes
-    history: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """What one process computes at once: `count` samples, or one that has no weight if it is 0."""
-
-    images: Tensor
-    targets: Tensor
-    indices: np.ndarray
-    count: int
-
-    def to(self, device: str) -> _Piece:
-        images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, targets=self.targets.to(device, non_blocking=True))
 
 
 def train(
@@ -127,20 +79,13 @@ def train(
     seed: int,
     device: str,
     workers: int,
-    store: Store,
+    store: RunState,
     observer: Observer,
 ) -> list[Row]:
     """Trains `model` in place, from the state in `store` if it has one.
 
-    Args:
-        model: A `Network`, or an explicit model that returns a `Prediction`.
-        task: Data, loss and metric.
-        recipe: How.
-        seed: Of data order, augmentation, dropout and probes. The caller seeds the initial weights.
-        device: Where; the model is moved there.
-        workers: Processes that load data.
-        store: Keeps the resumable state.
-        observer: Sees every step.
+    The model is a `Network`, or an explicit one that returns a `Prediction`. `seed` is that of data
+    order, dropout and probes; the caller seeds the initial weights. `workers` processes load data.
 
     Returns:
         The history, one row per epoch.
@@ -150,11 +95,11 @@ def train(
             since the last update; or the stored state is not of this run.
         Stopped: Ctrl-C or SIGTERM; the state was saved first.
     """
-    run = _Run(model.to(device), task, recipe, seed, device, workers, store, observer)
+    run = Run(model.to(device), task, recipe, seed, device, workers, store, observer)
     if recipe.epochs == 0:  # weights that were made elsewhere
         return [{"epoch": 0, "step": 0, **run.validate()}]
     run.resume()
-    with run.signals.noted():
+    with run.signals:
         try:
             while run.state.epoch < recipe.epochs:
                 run.train_epoch()
@@ -165,12 +110,37 @@ def train(
             if run.signals.received and "DataLoader worker" in str(error):  # it got the signal, too
                 raise run.stopped() from None
             raise
-    run.finish()
+    if recipe.average:
+        run.model.load_state_dict(run.validated.state_dict())
+    if run.last and distributed.rank() == 0:
+        run.last.remove()
     return run.state.history
 
 
 @dataclass
-class _Run:
+class State:
+    """What a run consists of so far, besides its model and optimizer."""
+
+    epoch: int = 0
+    batch: int = 0  # the next one of the epoch
+    step: int = 0
+    loss_sum: float = 0.0  # of the epoch
+    seconds: float = 0.0  # of training, in this process and those before
+    history: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one process computes at once: `count` samples, or one without weight if it is 0."""
+
+    images: Tensor
+    targets: Tensor
+    indices: np.ndarray
+    count: int
+
+
+@dataclass
+class Run:
     """A training, its model on its device; the arguments are those of `train`."""
 
     model: nn.Module
@@ -179,34 +149,34 @@ class _Run:
     seed: int
     device: str
     workers: int
-    store: Store
+    store: RunState
     observer: Observer
 
     def __post_init__(self) -> None:
         recipe, samples = self.recipe, len(self.task.train)
-        self.state = _State()
-        self.saved_step = 0
-        self.signals = StopSignals()
+        self.state, self.saved_step = State(), 0
+        self.signals = Signals()
         self.share = Share(distributed.rank(), distributed.count(), recipe.accumulate)
         if self.share.processes > 1 and self.device.startswith("cuda"):
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
-        half = recipe.precision == "float16"
-        self.scaler = torch.amp.GradScaler(torch.device(self.device).type, enabled=half)
+        kind, half = torch.device(self.device).type, recipe.precision == "float16"
+        self.scaler = torch.amp.GradScaler(kind, enabled=half)
         self.updates = math.ceil(samples / recipe.batch)  # per epoch
         self.total = self.updates * recipe.epochs
-        self.parts: dict[str, Any] = {
-            "model": self.model, "optimizer": self.optimizer, "scaler": self.scaler,
-        }  # fmt: skip
+        self.unrolled = recipe.warm_up.steps if recipe.warm_up else 0
+        self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        self.parts["scaler"] = self.scaler
         self.validated = self.model
         if recipe.average:
             decay = get_ema_multi_avg_fn(recipe.average)
-            self.averaged = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
-            self.parts["averaged"] = self.averaged
-            self.validated = self.averaged.module
+            averaged = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+            self.parts["averaged"] = averaged
+            self.validated = averaged.module
         self.last: LastEquilibria | None = None
         if recipe.warm_start and isinstance(self.model, Network):
             self.last = LastEquilibria(self.store.folder, samples)
+            self.parts["last"] = self.last
         self.began = time.monotonic()
 
     def resume(self) -> None:
@@ -217,11 +187,10 @@ class _Run:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-            self.state = _State(**saved["state"])
+            self.state = State(**saved["state"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise self.store.damaged(f"not the state of this run: {error!r}") from error
-        self.saved_step = self.state.step
-        self.began -= self.state.seconds
+        self.saved_step, self.began = self.state.step, self.began - self.state.seconds
 
     def save(self) -> None:
         """Saves the resumable state."""
@@ -233,12 +202,13 @@ class _Run:
             self.store.save(saved | {"state": vars(self.state)})
         self.saved_step = self.state.step
 
-    def finish(self) -> None:
-        """Leaves the weights to be used in the model, and nothing that only training needs."""
-        if self.validated is not self.model:
-            self.model.load_state_dict(self.validated.state_dict())
-        if self.last and self.share.rank == 0:
-            self.last.remove()
+    def stopped(self) -> Stopped:
+        """The end of a run that was asked to stop."""
+        return Stopped(
+            f"stopped; {self.saved_step:,} of {self.total:,} updates are saved: "
+            "run the same command again to resume",
+            128 + (self.signals.received or signal.SIGTERM),
+        )
 
     def train_epoch(self) -> None:
         """Trains on what remains of the epoch."""
@@ -249,8 +219,18 @@ class _Run:
         last_save = time.monotonic()
         for pieces in self.remaining_batches():
             set_learning_rate(self.optimizer, schedule(state.step, self.total, recipe.lr_warm_up))
-            with self.explained(pieces):
+            try:
                 values = self.update(pieces)
+            except (MemoryError, RuntimeError, ValueError) as error:
+                if any(sign in repr(error) for sign in OUT_OF_MEMORY):
+                    cure = "lower batch, or raise accumulate"
+                    raise self.failed("out of memory", cure, pieces) from error
+                if "more than 1 value per channel" in str(error):
+                    cure = "choose a batch or limit that leaves no rest of one image"
+                    raise self.failed(
+                        "batch norm cannot train on one image", cure, pieces
+                    ) from error
+                raise
             stop = values.pop("stop") > 0
             state.loss_sum += values["loss/train"]
             state.batch += 1
@@ -263,235 +243,215 @@ class _Run:
                 last_save = time.monotonic()
             if stop:
                 raise self.stopped()
-        if self.last:
-            self.last.end()
 
-    def remaining_batches(self) -> Iterator[list[_Piece]]:
-        """This process' pieces of each batch of the epoch, from the next one on."""
-        state, size = self.state, self.recipe.batch
-        samples = order(len(self.task.train), self.seed, state.epoch)
+    def remaining_batches(self) -> Iterator[list[Piece]]:
+        """This process' pieces of each batch of the epoch, on its device, from the next one on."""
+        data, size, next_batch = self.task.train, self.recipe.batch, self.state.batch
         loader = batches(
-            self.task.train,
-            size,
-            seed=self.seed,
-            epoch=state.epoch,
-            shuffle=True,
-            start=state.batch,
-            share=self.share,
-            workers=self.workers,
-        )
-        loaded = iter(loader)
-        for first in range(state.batch * size, len(samples), size):
-            batch = samples[first : first + size]
+            data, size, seed=self.seed, epoch=self.state.epoch, shuffle=True,
+            start=next_batch, share=self.share, workers=self.workers,
+        )  # fmt: skip
+        loaded = zip(loader.sampler, loader, strict=True)
+        for first in range(next_batch * size, len(data), size):
             pieces = []
-            for a, b in self.share.bounds(len(batch)):
-                images, targets = next(loaded)
-                pieces.append(_Piece(images, targets, batch[a:b] if a < b else batch[:1], b - a))
+            for a, b in self.share.bounds(min(size, len(data) - first)):
+                keys, (images, targets) = next(loaded)
+                images = images.to(self.device, non_blocking=True)
+                targets = targets.to(self.device, non_blocking=True)
+                pieces.append(Piece(images, targets, np.array(keys.indices), b - a))
             yield pieces
 
-    def update(self, pieces: list[_Piece]) -> Row:
+    def end_epoch(self) -> None:
+        """Validates, and records what the epoch came to."""
+        state, row = self.state, self.validate() | peak_memory(self.device)
+        row["loss/train_epoch"] = state.loss_sum / self.updates
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.observer.record(state.step, row)
+        epoch, seconds = state.epoch + 1, time.monotonic() - self.began
+        state.history.append({"epoch": epoch, "step": state.step, **row, "time/seconds": seconds})
+        self.state = State(epoch, step=state.step, history=state.history)
+
+    def validate(self) -> Row:
+        """The validation split, by the weights that the run will end with.
+
+        At the equilibrium, and until the warm-up ends unrolled (`..._unrolled`), too.
+        """
+        task, recipe, warm_up = self.task, self.recipe, self.recipe.warm_up
+        parts = self.share.processes * recipe.accumulate
+        evaluate = partial(
+            evaluate_split, self.validated, task.validation,
+            batch=task.validation_batch or max(1, recipe.batch // parts), device=self.device,
+            workers=self.workers, precision=recipe.precision, watch=self.watch_validation,
+        )  # fmt: skip
+        row = evaluate(task.metric())
+        if warm_up and self.state.step <= warm_up.steps:
+            layers = warm_up.layers
+            unrolled = evaluate(task.metric(), predict=lambda net, x: net(x, unroll_steps=layers))
+            row |= {f"{name}_unrolled": value for name, value in unrolled.items()}
+        return row
+
+    def watch_validation(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, until a signal asks to stop; the state was saved before."""
+        for batch in self.observer.validating(batches):
+            yield batch
+            if self.signals.received:
+                raise self.stopped()
+
+    def update(self, pieces: list[Piece]) -> Row:
         """One update of the weights from this process' part of a batch; its figures."""
         start, state, scaler = time.perf_counter(), self.state, self.scaler
-        pieces = [piece.to(self.device) for piece in pieces]
         _reseed(self.seed, state.step, part=0)
-        weight, probes = self.jacobian_term()
+        term, weight, probes = self.recipe.jacobian, 0.0, 0
+        if term:
+            weight = term.weight_at(state.step, state.epoch, self.unrolled)
+            drawn = weight > 0 and float(torch.rand(())) < term.probability
+            probes = term.probes if drawn else 0
         figures: dict[str, Tensor] = {}
-        logits: list[Tensor] = []
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (piece, share) in enumerate(
-            zip(pieces, _shares(pieces, self.task), strict=True)
-        ):
+        for number, share in enumerate(self.shares(pieces)):
             part = self.share.rank * len(pieces) + number
             if part:
                 _reseed(self.seed, state.step, part)
-            answer, own = self.backward(piece, share, weight, probes)
-            logits.append(answer)
-            figures = {name: figures.get(name, 0) + value for name, value in own.items()}
+            for name, value in self.backward(pieces[number], share, weight, probes).items():
+                figures[name] = figures.get(name, 0) + value
         # all processes stop at the same step, even if the signal reached one of them alone
-        figures["stop"] = torch.full_like(figures["loss/train"], float(self.signals.received or 0))
+        figures["stop"] = torch.full_like(figures["loss/train"], float(self.signals.received))
         sums = torch.stack(list(figures.values()))
-        _add_up(self.model, sums)
+        self.add_up(sums)
         values = dict(zip(figures, sums.tolist(), strict=True))  # here a GPU is waited for
-        gradients = [] if scaler.is_enabled() else [p.grad for p in self.model.parameters()]
-        _check_finite(values["loss/train"], gradients, pieces, logits)
+        self.check_finite(values["loss/train"], pieces)
         scaler.step(self.optimizer)  # skipped where the scale was too large for float16
         scaler.update()
         if scaler.is_enabled():
             values["loss/scale"] = scaler.get_scale()
-            if values["loss/scale"] < SMALLEST_SCALE:
-                raise _NotFiniteError("the gradient is not finite at any scale of the loss", [])
-        if self.validated is not self.model:
-            self.averaged.update_parameters(self.model)
+        if self.recipe.average:
+            self.parts["averaged"].update_parameters(self.model)
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         images = sum(piece.count for piece in pieces) * self.share.processes
         values["time/images_per_second"] = images / (time.perf_counter() - start)
         return values
 
-    @property
-    def warming_up(self) -> bool:
-        """Whether the next update is one of the unrolled ones at the start."""
-        return self.recipe.warm_up is not None and self.state.step < self.recipe.warm_up.steps
-
-    def jacobian_term(self) -> tuple[float, int]:
-        """The weight and the probes of the Jacobian term in this update."""
-        term, warm_up = self.recipe.jacobian, self.recipe.warm_up
-        if term is None:
-            return 0.0, 0
-        unrolled = warm_up.steps if warm_up else 0
-        weight = term.weight_at(self.state.step, self.state.epoch, unrolled)
-        drawn = weight > 0 and float(torch.rand(())) < term.probability
-        return weight, term.probes if drawn else 0
+    def shares(self, pieces: list[Piece]) -> Tensor:
+        """What each piece weighs in the means over the batch: of the loss, of samples; (n, 2)."""
+        weights = []
+        for piece in pieces:
+            loss = float(self.task.weight(piece.targets)) if piece.count else 0.0
+            weights.append([loss, float(piece.count)])
+        shares = torch.tensor(weights, device=self.device)
+        total = shares.sum(0)
+        distributed.add_up([total])
+        return shares / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def backward(
-        self, piece: _Piece, share: Tensor, weight: float, probes: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds a piece's gradients to the weights'; its logits and figures.
-
-        `share` (2,) is what it weighs in the batch: in the loss, and in means over samples.
-        """
+        self, piece: Piece, share: Tensor, weight: float, probes: int
+    ) -> dict[str, Tensor]:
+        """Adds a piece's gradients to the weights'; its part of the figures of the batch."""
         adjoint: list[Solution] = []
         if isinstance(self.model, Network):
             self.model.backbone.on_backward = adjoint.append
         with _autocast(self.device, self.recipe.precision):
             prediction = self.predict(piece, probes)
             loss = self.task.loss(prediction.logits, piece.targets)
-        if self.last and piece.count:
-            self.last.write(piece.indices, prediction)
+        equilibrium = prediction.equilibrium
         objective = share[0] * loss
         figures = {"loss/train": objective.detach()}
-        equilibrium = prediction.equilibrium
-        if probes and equilibrium and equilibrium.jacobian is not None:
+        if self.last and piece.count and equilibrium:
+            self.last.write(piece.indices, equilibrium.scales)
+        if equilibrium and equilibrium.jacobian is not None:
             estimate = share[1] * equilibrium.jacobian
             objective = objective + weight * estimate
             figures["solver/jacobian"] = estimate.detach()
         self.scaler.scale(objective).backward()
-        for name, value in _solver_figures(prediction, adjoint).items():
-            figures[name] = share[1] * value
-        return prediction.logits.detach(), figures
+        means: dict[str, Tensor | float] = {}
+        if equilibrium and equilibrium.solution:
+            means["solver/forward_residual"] = equilibrium.solution.relative.mean()
+            means["solver/converged"] = equilibrium.solution.converged.float().mean()
+            means["solver/nfe"] = equilibrium.solution.nfe
+        if adjoint:
+            means["solver/backward_residual"] = adjoint[-1].relative.mean()
+            means["solver/backward_nfe"] = adjoint[-1].nfe
+        return figures | {name: share[1] * mean for name, mean in means.items()}
 
-    def predict(self, piece: _Piece, probes: int) -> Prediction:
+    def predict(self, piece: Piece, probes: int) -> Prediction:
         """The prediction to learn from: unrolled in the warm-up, else at the equilibrium."""
         model, recipe = self.model, self.recipe
         if not isinstance(model, Network):
             return model(piece.images)
-        if self.warming_up:
-            warm_up = recipe.warm_up
-            assert warm_up is not None
-            layers, softplus = warm_up.layers, warm_up.softplus
-            return model(
-                piece.images, unroll_steps=layers, softplus=softplus, jacobian_probes=probes
-            )
-        if self.last is None or not self.last.known:
-            return model(piece.images, jacobian_probes=probes)
-        assert recipe.warm_start is not None
-        z0 = self.last.read(piece.indices).to(next(model.parameters()))
-        limit = recipe.warm_start.limit(self.state.epoch, recipe.epochs)
-        with _limited(model, limit):
-            once = None if limit else 1
-            return model(piece.images, z0=z0, unroll_steps=once, jacobian_probes=probes)
-
-    def end_epoch(self) -> None:
-        """Validates, and records what the epoch came to."""
-        state, row = self.state, self.validate()
-        seconds = time.monotonic() - self.began
-        row["loss/train_epoch"] = state.loss_sum / self.updates
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row |= peak_memory(self.device)
-        self.observer.record(state.step, row)
-        ended = {"epoch": state.epoch + 1, "step": state.step, **row, "time/seconds": seconds}
-        history = [*state.history, ended]
-        self.state = _State(state.epoch + 1, step=state.step, seconds=seconds, history=history)
-
-    def validate(self) -> Row:
-        """Validation at the equilibrium, and unrolled (`..._unrolled`) until the warm-up ends."""
-        task, warm_up = self.task, self.recipe.warm_up
-        row = self.evaluate(task.metric())
-        if warm_up and self.state.step <= warm_up.steps:
-            unrolled = self.evaluate(task.metric(), unroll_steps=warm_up.layers)
-            row |= {f"{name}_unrolled": value for name, value in unrolled.items()}
-        return row
-
-    def evaluate(self, metric: Metric, unroll_steps: int | None = None) -> Row:
-        """The validation split, by the weights that the run will end with."""
-        pieces = self.share.processes * self.recipe.accumulate
-        return evaluate_split(
-            self.validated,
-            self.task.validation,
-            metric,
-            batch=self.task.validation_batch or max(1, self.recipe.batch // pieces),
-            device=self.device,
-            workers=self.workers,
-            precision=self.recipe.precision,
-            predict=lambda model, images: predict(model, images, unroll_steps),
-            watch=self.watch_validation,
-        )
-
-    def watch_validation(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, until a signal asks to stop; the state was saved before the validation."""
-        for batch in self.observer.validating(batches):
-            yield batch
-            if self.signals.received:
-                raise self.stopped()
-
-    def stopped(self) -> Stopped:
-        """The end of a run that was asked to stop."""
-        number = self.signals.received or signal.SIGTERM
-        return Stopped(
-            f"stopped; {self.saved_step:,} of {self.total:,} updates are saved: "
-            "run the same command again to resume",
-            128 + number,
-        )
-
-    @contextlib.contextmanager
-    def explained(self, pieces: list[_Piece]) -> Iterator[None]:
-        """Says at which step an update failed, and which files made this part of the batch."""
-        try:
-            yield
-        except (_NotFiniteError, MemoryError, RuntimeError) as error:
-            indices = np.concatenate([piece.indices for piece in pieces])
-            blamed = error.samples if isinstance(error, _NotFiniteError) else []
-            if isinstance(error, _NotFiniteError):
-                what, cure = str(error), "lower optimizer.lr or raise warm_up.steps"
-            elif distributed.out_of_memory(error):
-                what, cure = "out of memory", "lower batch, or raise accumulate"
+        options: dict[str, Any] = {"jacobian_probes": probes}
+        usual = model.backbone.forward_solver
+        if recipe.warm_up and self.state.step < self.unrolled:
+            options |= {"unroll_steps": recipe.warm_up.layers, "softplus": recipe.warm_up.softplus}
+        elif recipe.warm_start and self.last and self.last.known:
+            options["z0"] = self.last.read(piece.indices).to(next(model.parameters()))
+            limit = recipe.warm_start.limit(self.state.epoch, recipe.epochs)
+            if limit:
+                model.backbone.forward_solver = replace(usual, steps=limit)
             else:
-                raise
-            if blamed:
-                indices = indices[blamed]
-            names = [self.task.train.name(int(index)) for index in indices[:NAMES]]
-            names += ["..."] * (len(indices) > NAMES)
-            where = f"epoch {self.state.epoch + 1}, {'of' if blamed else 'in a batch with'}"
-            raise UserError(
-                f"{what} at step {self.state.step} ({where} {', '.join(names)}); "
-                f"no weight has changed since the step before; {cure}"
-            ) from error
+                options["unroll_steps"] = 1
+        try:
+            return model(piece.images, **options)
+        finally:
+            model.backbone.forward_solver = usual
+
+    def add_up(self, sums: Tensor) -> None:
+        """Adds up gradients and `sums` over the processes; running statistics become their mean."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        distributed.add_up([*gradients, *statistics, sums])
+        for buffer in statistics:
+            buffer /= self.share.processes
+
+    def check_finite(self, loss: float, pieces: list[Piece]) -> None:
+        """Stops an update before it spoils the weights; names the samples that are to blame."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        scaled = self.scaler.is_enabled()  # then the scaler skips what is not finite
+        norm = 0.0 if scaled else float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            what = f"the gradient's norm is {norm}"
+        elif scaled and self.scaler.get_scale() < SMALLEST_SCALE:
+            what = "the gradient is not finite at any scale of the loss"
+        else:
+            return
+        broken = torch.cat([~piece.images.isfinite().flatten(1).all(1) for piece in pieces])
+        blamed = broken.nonzero()[:, 0].tolist()
+        raise self.failed(what, "lower optimizer.lr or raise warm_up.steps", pieces, blamed)
+
+    def failed(
+        self, what: str, cure: str, pieces: list[Piece], blamed: Sequence[int] = ()
+    ) -> UserError:
+        """Says at which step an update failed, and which files are to blame, or made the batch."""
+        indices = np.concatenate([piece.indices for piece in pieces])
+        indices = indices[blamed] if blamed else indices
+        names = [self.task.train.name(int(index)) for index in indices[:NAMES]]
+        names += ["..."] * (len(indices) > NAMES)
+        where = "of" if blamed else "in a batch with"
+        return UserError(
+            f"{what} at step {self.state.step} (epoch {self.state.epoch + 1}, {where} "
+            f"{', '.join(names)}); no weight has changed since the step before; {cure}"
+        )
 
 
-class StopSignals:
-    """Inside `noted`, Ctrl-C and SIGTERM only set `received`; a second one acts as usual."""
+class Signals:
+    """Inside, Ctrl-C and SIGTERM only set `received`; a second one acts as usual."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
         self._usual: dict[int, Any] = {}
 
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Takes the two signals over; does nothing outside of the main thread."""
+    def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._usual[number] = signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            self._restore()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._usual:
             signal.signal(*self._usual.popitem())
+
+    def _note(self, number: int, _: object) -> None:
+        self.received = number
+        self.__exit__()
 
 
 def evaluate_split(
@@ -504,22 +464,16 @@ def evaluate_split(
     workers: int = 0,
     precision: Precision = "float32",
     predict: Predict | None = None,
-    on_batch: OnBatch | None = None,
+    on_batch: Callable[[Tensor, Tensor, Solution | None], None] | None = None,
     watch: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> Row:
     """The metric over a data set in its own order, and the `SolverStatistics` of its solves.
 
-    Several processes each evaluate a part and get the same row.
+    Several processes each evaluate a part, `batch` samples at once, and get the same row.
 
     Args:
-        model: On `device`.
-        dataset: The split.
-        metric: Updated by each batch.
-        batch: Samples at once, per process.
-        device: Where the model is.
-        workers: Processes that load data.
-        precision: Of convolutions and matrix products.
-        predict: Makes a prediction of a batch of images; None for `model(images)`.
+        model, dataset, metric, batch, device, workers, precision: As in a training.
+        predict: Makes a prediction by the model of a batch of images; None for `model(images)`.
         on_batch: Called with each batch's logits (float32), targets and solution.
         watch: Passes on the batches, for a progress bar.
     """
@@ -549,13 +503,6 @@ def evaluate_split(
     return metric.compute() | statistics.compute()
 
 
-def predict(model: nn.Module, images: Tensor, unroll_steps: int | None = None) -> Prediction:
-    """The prediction at the equilibrium, or after `unroll_steps` applications of an MDEQ's f."""
-    if unroll_steps and isinstance(model, Network):
-        return model(images, unroll_steps=unroll_steps)
-    return model(images)
-
-
 def peak_memory(device: str) -> Row:
     """The most bytes in use so far: by the process, and by torch on its GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -566,81 +513,11 @@ def peak_memory(device: str) -> Row:
     return row
 
 
-@contextlib.contextmanager
-def _limited(model: Network, steps: int) -> Iterator[None]:
-    """Inside, the forward solver makes at most `steps` updates; 0 leaves it as it is."""
-    backbone, usual = model.backbone, model.backbone.forward_solver
-    if steps:
-        backbone.forward_solver = replace(usual, steps=steps)
-    try:
-        yield
-    finally:
-        backbone.forward_solver = usual
-
-
 def _reseed(seed: int, step: int, part: int) -> None:
     """Makes what is drawn next a function of (seed, step, part of the batch)."""
     torch.manual_seed((seed * 2_147_483_659 + part * 1_000_003_631 + step) % 2**63)
 
 
-def _shares(pieces: list[_Piece], task: Task) -> Tensor:
-    """What each piece weighs in the means over the batch: of the loss, of samples; (pieces, 2)."""
-    weights = []
-    for piece in pieces:
-        loss = float(task.weight(piece.targets)) if piece.count else 0.0
-        weights.append([loss, float(piece.count)])
-    shares = torch.tensor(weights, device=pieces[0].images.device)
-    total = shares.sum(0)
-    distributed.add_up([total])
-    return shares / total.clamp(min=torch.finfo(total.dtype).tiny)
-
-
-def _solver_figures(prediction: Prediction, adjoint: list[Solution]) -> dict[str, Tensor | float]:
-    """Means over the samples of a piece."""
-    figures: dict[str, Tensor | float] = {}
-    solution = prediction.equilibrium.solution if prediction.equilibrium else None
-    if solution is not None:
-        figures["solver/forward_residual"] = solution.relative.mean()
-        figures["solver/nfe"] = float(solution.nfe)
-        figures["solver/converged"] = solution.converged.float().mean()
-    if adjoint:
-        figures["solver/backward_residual"] = adjoint[-1].relative.mean()
-        figures["solver/backward_nfe"] = float(adjoint[-1].nfe)
-    return figures
-
-
-def _add_up(model: nn.Module, sums: Tensor) -> None:
-    """Adds up gradients and `sums` over the processes; running statistics become their mean."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    distributed.add_up([*gradients, *statistics, sums])
-    for buffer in statistics:
-        buffer /= distributed.count()
-
-
 def _autocast(device: str, precision: Precision) -> torch.autocast:
     dtype = torch.float16 if precision == "float16" else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != "float32")
-
-
-class _NotFiniteError(Exception):
-    """What is not finite, and which samples of the batch cause it, if that is known."""
-
-    def __init__(self, what: str, samples: list[int]) -> None:
-        super().__init__(what)
-        self.samples = samples
-
-
-def _check_finite(
-    loss: float, gradients: list[Tensor | None], pieces: list[_Piece], logits: list[Tensor]
-) -> None:
-    """Stops an update before it spoils the weights."""
-    norm = float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-    for tensors in ([piece.images for piece in pieces], logits):
-        broken = torch.cat([~tensor.isfinite().flatten(1).all(1) for tensor in tensors])
-        if broken.any():
-            raise _NotFiniteError(what, broken.nonzero()[:, 0].tolist())
-    raise _NotFiniteError(what, [])

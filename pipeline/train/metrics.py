@@ -1,7 +1,7 @@
 """What an evaluation measures: accuracies and IoU (Sec. 4), and how well equilibria were found.
 
-Metrics have two methods, `update(logits, targets)` for each batch and `compute()`, and one state,
-`counts`: whole numbers on the device of the logits, which several processes add up.
+A metric has one state, `counts`: whole numbers, which several processes add up. What has no samples
+is NaN.
 """
 
 from __future__ import annotations
@@ -27,29 +27,24 @@ class TopK:
     """
 
     def __init__(self, classes: int) -> None:
-        """Counts for `classes` classes; top-5 is reported only if there are more than five."""
-        self.classes = classes
         self.counts = torch.zeros(3, classes, dtype=torch.int64)  # samples, correct at 1, at 5
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Adds a batch: logits (B, classes), targets (B,)."""
-        _check_shapes(logits, targets, self.classes)
+        classes = self.counts.shape[1]
         own = logits.gather(1, targets[:, None])
         # NaN compares false: counting what is *not* below makes a diverged network wrong
         rank = (~(logits < own)).sum(1) - 1
-        rows = [
-            torch.bincount(targets[rank < k], minlength=self.classes) for k in (self.classes, 1, 5)
-        ]
+        rows = [torch.bincount(targets[rank < k], minlength=classes) for k in (classes, 1, 5)]
         self.counts = self.counts.to(logits.device) + torch.stack(rows)
 
     def compute(self) -> dict[str, float]:
-        """`eval/top1`, `eval/top5` (above five classes), `eval/macro` in per cent; NaN if empty."""
-        samples, first, fifth = self.counts.cpu().numpy().astype(np.float64)
-        present = samples > 0
-        values = {"eval/top1": _percent(first.sum(), samples.sum())}
-        if self.classes > 5:
-            values["eval/top5"] = _percent(fifth.sum(), samples.sum())
-        values["eval/macro"] = _mean_percent(first[present] / samples[present])
+        """`eval/top1`, `eval/top5` (above five classes), `eval/macro`, in per cent."""
+        samples, first, fifth = self.counts.cpu().double()
+        values = {"eval/top1": 100 * float(first.sum() / samples.sum())}
+        if len(samples) > 5:
+            values["eval/top5"] = 100 * float(fifth.sum() / samples.sum())
+        values["eval/macro"] = 100 * float((first / samples).nanmean())
         return values
 
 
@@ -62,57 +57,54 @@ class ConfusionMatrix:
     """
 
     def __init__(self, classes: int) -> None:
-        self.classes = classes
         self.counts = torch.zeros(classes, classes, dtype=torch.int64)  # [truth, prediction]
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Adds a batch: logits (B, classes, ...), targets (B, ...).
-
-        Logits of another height and width than their labels are resized to them first.
-        """
+        """Adds a batch: logits (B, classes, ...), resized to the targets (B, ...) if need be."""
         if logits.ndim == 4 and targets.ndim == 3:
             logits = resize(logits, targets.shape[-2:])
-        _check_shapes(logits, targets, self.classes)
         self.add(logits.argmax(1), targets)
 
     def add(self, predictions: Tensor, targets: Tensor) -> None:
         """Adds predicted class ids and true ones, of the same shape."""
-        kept = targets != IGNORE
-        pairs = targets[kept].long() * self.classes + predictions[kept].long()
-        counted = torch.bincount(pairs, minlength=self.classes**2)
-        self.counts = self.counts.to(targets.device) + counted.view(self.classes, self.classes)
+        classes, kept = len(self.counts), targets != IGNORE
+        pairs = targets[kept].long() * classes + predictions[kept].long()
+        counted = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        self.counts = self.counts.to(targets.device) + counted
 
     def iou(self) -> np.ndarray:
         """Intersection over union (classes,); NaN where the labels never show the class."""
-        counts = self.counts.cpu().numpy().astype(np.float64)
+        counts = self.counts.cpu().double()
         hits, truth = counts.diagonal(), counts.sum(1)
-        union = truth + counts.sum(0) - hits
-        return np.where(truth > 0, hits / np.maximum(union, 1), np.nan)
+        share = hits / (truth + counts.sum(0) - hits)
+        return share.masked_fill(truth == 0, math.nan).numpy()
 
     def compute(self) -> dict[str, float]:
         """`eval/miou`, `eval/pixel_accuracy`, `eval/mean_accuracy`, `eval/classes_present`."""
-        counts = self.counts.cpu().numpy().astype(np.float64)
-        truth = counts.sum(1)
-        present = truth > 0
+        counts = self.counts.cpu().double()
+        hits, truth = counts.diagonal(), counts.sum(1)
         return {
-            "eval/miou": _mean_percent(self.iou()[present]),
-            "eval/pixel_accuracy": _percent(counts.trace(), counts.sum()),
-            "eval/mean_accuracy": _mean_percent(counts.diagonal()[present] / truth[present]),
-            "eval/classes_present": float(present.sum()),
+            "eval/miou": 100 * float(torch.from_numpy(self.iou()).nanmean()),
+            "eval/pixel_accuracy": 100 * float(hits.sum() / counts.sum()),
+            "eval/mean_accuracy": 100 * float((hits / truth).nanmean()),
+            "eval/classes_present": float((truth > 0).sum()),
         }
+
+
+Metric = TopK | ConfusionMatrix
 
 
 class SolverStatistics:
     """How well the equilibria of a data set were found; one row per sample."""
 
     def __init__(self) -> None:
-        self.samples = torch.zeros(0, 4 + len(MARKS), dtype=torch.float64)
+        self.samples = torch.zeros(0, 3 + len(MARKS), dtype=torch.float64)
 
     def update(self, solution: Solution) -> None:
         """Adds the solution of a batch."""
         nfe = torch.full_like(solution.relative, solution.nfe)
         after = [solution.trace[min(mark, solution.nfe) - 1] for mark in MARKS]
-        columns = [solution.relative, solution.converged, solution.steps, nfe, *after]
+        columns = [solution.relative, solution.converged, nfe, *after]
         rows = torch.stack([column.detach().cpu().double() for column in columns], dim=1)
         self.samples = torch.cat([self.samples, rows])
 
@@ -122,40 +114,21 @@ class SolverStatistics:
         - `solver/relative_residual`, `..._max`: |f(z) - z| / |f(z)| of the answers, of samples
           with a finite iterate; the others are counted in `solver/failed`.
         - `solver/converged`: the share of samples whose residual reached the tolerance.
-        - `solver/nfe`, `solver/steps_to_best`: evaluations of f, updates until the best iterate.
-        - `solver/residual_after_<k>`: the mean residual at the k-th evaluation of f.
+        - `solver/nfe`: evaluations of f; `solver/residual_after_<k>`: the residual at the k-th.
         """
         if not len(self.samples):
             return {}
-        relative, converged, steps, nfe, *after = self.samples.T
+        relative, converged, nfe, *after = self.samples.T
         finite = relative[relative.isfinite()]
         values = {
             "solver/relative_residual": float(finite.mean()),
-            "solver/relative_residual_max": float(finite.max()) if len(finite) else math.nan,
+            "solver/relative_residual_max": max(finite.tolist(), default=math.nan),
             "solver/converged": float(converged.mean()),
             "solver/failed": float(len(relative) - len(finite)),
             "solver/nfe": float(nfe.mean()),
-            "solver/steps_to_best": float(steps.mean()),
         }
         for mark, residual in zip(MARKS, after, strict=True):
             if mark <= values["solver/nfe"]:
-                values[f"solver/residual_after_{mark}"] = float(
-                    residual[residual.isfinite()].mean()
-                )
+                mean = residual[residual.isfinite()].mean()
+                values[f"solver/residual_after_{mark}"] = float(mean)
         return values
-
-
-def _check_shapes(logits: Tensor, targets: Tensor, classes: int) -> None:
-    if logits.shape != (len(targets), classes, *targets.shape[1:]):
-        raise ValueError(
-            f"expected logits (B, {classes}, ...) and targets (B, ...), "
-            f"not {tuple(logits.shape)} and {tuple(targets.shape)}"
-        )
-
-
-def _percent(part: float, whole: float) -> float:
-    return 100 * float(part / whole) if whole else math.nan
-
-
-def _mean_percent(shares: np.ndarray) -> float:
-    return 100 * float(shares.mean()) if len(shares) else math.nan

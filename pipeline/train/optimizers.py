@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic, tuned for fast growth of s
 
 def make_optimizer(model: nn.Module, settings: Adam | Sgd | Muon) -> torch.optim.Optimizer:
     """The optimizer that the settings describe, over all parameters of the model."""
-    if isinstance(settings, Muon):
-        optimizer: torch.optim.Optimizer = MuonAndSgd(model, settings)
-    elif isinstance(settings, Adam):
-        parameters = model.parameters()
-        optimizer = torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
+    if isinstance(settings, Adam):
+        optimizer: Any = torch.optim.Adam(model.parameters(), **_options(settings))
+    elif isinstance(settings, Sgd):
+        optimizer = torch.optim.SGD(model.parameters(), **_options(settings))
     else:
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            settings.lr,
-            settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-        )
+        optimizer = MuonAndSgd(model, settings)
     for group in optimizer.param_groups:
         group["peak"] = group["lr"]
     return optimizer
@@ -56,9 +50,6 @@ class MuonAndSgd(torch.optim.SGD):
     """Muon (Jordan et al., 2024) for f's convolutions as matrices (outputs, rest), else SGD.
 
     Muon is SGD on other gradients: each is replaced by the orthogonalised momentum before the step.
-
-    Raises:
-        UserError: The model has no transformation f.
     """
 
     def __init__(self, model: nn.Module, settings: Muon) -> None:
@@ -68,43 +59,26 @@ class MuonAndSgd(torch.optim.SGD):
             (matrices if matrix and ".f." in f".{name}" else others).append(parameter)
         if not matrices:
             raise UserError("optimizer.kind: muon trains the f of an mdeq; use sgd for this model")
-        rest = settings.rest
-        groups = [
-            {
-                "params": matrices,
-                "lr": settings.lr,
-                "weight_decay": settings.weight_decay,
-                "orthogonal": settings.momentum,
-            },
-            {
-                "params": others,
-                "lr": rest.lr,
-                "weight_decay": rest.weight_decay,
-                "momentum": rest.momentum,
-                "nesterov": rest.nesterov,
-            },
-        ]
-        super().__init__(groups)
+        own = {"lr": settings.lr, "weight_decay": settings.weight_decay, "muon": settings.momentum}
+        rest = _options(settings.rest)
+        super().__init__([{"params": matrices, **own}, {"params": others, **rest}])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update."""
         for group in self.param_groups:
-            if "orthogonal" in group:
-                for parameter in group["params"]:
-                    self._replace_gradient(parameter, group["orthogonal"])
+            for parameter in group["params"] if "muon" in group else ():
+                if parameter.grad is not None:
+                    parameter.grad = self._direction(parameter, group["muon"])
         super().step(closure)
 
-    def _replace_gradient(self, parameter: nn.Parameter, momentum: float) -> None:
+    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         gradient = parameter.grad
-        if gradient is None:
-            return
         average = self.state[parameter].setdefault("average", torch.zeros_like(gradient))
         average.lerp_(gradient, 1 - momentum)
-        direction = orthogonalised(gradient.lerp(average, momentum).flatten(1))
-        outputs, inputs = direction.shape
-        scale = max(1.0, outputs / inputs) ** 0.5
-        parameter.grad = (scale * direction).view_as(parameter)
+        matrix = torch.lerp(gradient, average, momentum).flatten(1)
+        scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        return (scale * orthogonalised(matrix)).view_as(parameter)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -112,12 +86,16 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
     Singular values end between about 0.7 and 1.2, which serves Muon as well as 1 would.
     """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalised(matrix.T).T
     a, b, c = NEWTON_SCHULZ
     x = matrix / (torch.linalg.matrix_norm(matrix) + 1e-7)
-    tall = len(x) > x.shape[1]
-    if tall:
-        x = x.T
     for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x
+
+
+def _options(settings: Adam | Sgd) -> dict[str, Any]:
+    """The settings under the names that torch has for them."""
+    return {name: value for name, value in vars(settings).items() if name != "kind"}

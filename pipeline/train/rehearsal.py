@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import math
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from mdeq import Network
 from pipeline.data.loading import Keys
@@ -21,7 +17,7 @@ from pipeline.params import TrainParams
 from pipeline.progress import duration
 from pipeline.recipe import WarmUp
 from pipeline.train.experiment import Experiment, flops
-from pipeline.train.loop import Row, Task, evaluate_split, peak_memory, predict, train
+from pipeline.train.loop import Run, peak_memory
 
 STEPS = 4  # of each kind of update; the first is not timed
 BATCHES = 3  # of the validation
@@ -39,123 +35,76 @@ def rehearse(stage: str, name: str, params: TrainParams, machine: Machine) -> It
     experiment = Experiment(stage, name, params, machine)
     task, model = experiment.begin(params.seeds[0])
     model = model.to(machine.device)
-    samples, source = len(task.train), experiment.summary["source"]
-    yield f"params:   {experiment.key} is valid"
+    samples, source = len(task.train), experiment.facts["source"]
     yield f"data:     {source}, {samples:,} for training, {len(task.validation):,} for validation"
     yield f"device:   {machine.device}, {experiment.workers} loader processes"
     image = task.validation[Keys(0, [0])][0].to(machine.device)
-    parameters = sum(p.numel() for p in model.parameters())
-    operations = flops(model, image) / 1e9
-    yield f"model:    {parameters:,} parameters, {operations:.3g} GFLOP per prediction"
+    size, cost = sum(p.numel() for p in model.parameters()), flops(model, image) / 1e9
+    yield f"model:    {size:,} parameters, {cost:.3g} GFLOP per prediction"
+
+    few: Any = _Few()
+
+    def begun(recipe: TrainParams) -> Run:
+        network = copy.deepcopy(model)
+        if isinstance(network, Network) and recipe.forward:
+            network.backbone.forward_solver = recipe.forward
+        return Run(network, task, recipe, 0, machine.device, experiment.workers, few, few)
 
     total, measured = 0.0, []
     for kind, updates, changed in _kinds(params, math.ceil(samples / params.batch)):
-        seconds = _seconds_per_update(experiment, task, changed)
+        seconds = _seconds_per_update(begun(changed))
         total += updates * seconds
         measured.append(f"{updates:,} {kind} at {seconds:.2g} s")
     yield f"updates:  {', '.join(measured) or 'none'}; {params.batch} samples each"
     epochs, seeds = max(1, params.epochs), len(params.seeds)
-    validation = _seconds_per_validation(model, task, experiment)
-    total = seeds * (total + epochs * validation)
-    yield f"epochs:   {epochs}, {duration(total / seeds / epochs)} each, with its validation"
-    yield f"in all:   about {duration(total)} on this machine" + f" for {seeds} seeds" * (seeds > 1)
+    began = time.perf_counter()
+    begun(replace(params, warm_up=None, warm_start=None)).validate()
+    each = total / epochs + (time.perf_counter() - began) * few.share
+    yield f"epochs:   {epochs}, {duration(each)} each, with its validation"
+    yield f"in all:   about {duration(each * epochs * seeds)} on this machine, {seeds} seed(s)"
     for measure, value in peak_memory(machine.device).items():
-        where = measure.split("_")[1]
-        yield f"memory:   {value / 1e9:.2g} GB at most in these steps ({where})"
-    yield f"disk:     {_disk(model, params, image, samples) / 1e9:.2g} GB while it trains"
+        yield f"memory:   {value / 1e9:.2g} GB at most in these steps ({measure.split('_')[1]})"
+    if params.warm_start and isinstance(model, Network):
+        _, z0, _ = model.backbone.fixed_point_problem(image)
+        yield f"disk:     {4 * samples * z0.numel() / 1e9:.2g} GB for the equilibria of two epochs"
     yield f"results:  {experiment.results}"
-    if any(experiment.work.glob("*/*.pt")):
-        yield "state:    that of an interrupted training; with the same params it is resumed"
 
 
 def _kinds(params: TrainParams, per_epoch: int) -> Iterator[tuple[str, int, TrainParams]]:
     """The kinds of updates, how many there are, and params with which all are of that kind."""
-    total = per_epoch * params.epochs
+    total, forward, start = per_epoch * params.epochs, params.forward, params.warm_start
     plain = replace(params, warm_up=None, warm_start=None)
     unrolled = params.warm_up.steps if params.warm_up else 0
     if params.warm_up and unrolled:
         always = replace(params.warm_up, steps=total)
         yield "unrolled", unrolled, replace(plain, warm_up=always)
-    from_zero = (per_epoch if params.warm_start else total) - unrolled
+    from_zero = (per_epoch if start else total) - unrolled
     if from_zero > 0:
-        yield "implicit" if params.forward else "ordinary", from_zero, plain
-    if params.warm_start is None or params.forward is None:
+        yield "implicit" if forward else "ordinary", from_zero, plain
+    if start is None or forward is None:
         return
-    limits = [params.warm_start.limit(epoch, params.epochs) for epoch in range(1, params.epochs)]
+    limits = [start.limit(epoch, params.epochs) for epoch in range(1, params.epochs)]
     for limit in dict.fromkeys(limits):
-        forward = replace(params.forward, steps=max(1, limit))
         once = None if limit else WarmUp(layers=1, steps=total)
-        changed = replace(plain, forward=forward, warm_up=once)
+        changed = replace(plain, forward=replace(forward, steps=max(1, limit)), warm_up=once)
         yield f"warm with {limit} steps", per_epoch * limits.count(limit), changed
 
 
-class _EnoughError(Exception):
-    """The steps to be timed are done."""
-
-
-@dataclass
-class _Stopwatch:
-    """An observer that times updates, and a store that keeps nothing."""
-
-    folder: Path
-    times: list[float] = field(default_factory=lambda: [time.perf_counter()])
-
-    def step(self, step: int, total: int, values: Row) -> None:
-        self.times.append(time.perf_counter())
-        if len(self.times) > STEPS:
-            raise _EnoughError
-
-    def validating(self, batches: Iterable[Any]) -> Iterable[Any]:
-        return ()  # of a training with fewer steps than are timed
-
-    def record(self, step: int, row: Row) -> None: ...
-
-    def load(self) -> None: ...
-
-    def save(self, state: dict[str, Any]) -> None: ...
-
-
-def _seconds_per_update(experiment: Experiment, task: Task, params: TrainParams) -> float:
-    seed, machine = experiment.params.seeds[0], experiment.machine
-    model = replace(experiment, params=params).model(seed, task.train.classes)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_EnoughError):
-        watch: Any = _Stopwatch(Path(folder))
-        where = {"device": machine.device, "workers": experiment.workers}
-        train(model, task, params, seed=seed, store=watch, observer=watch, **where)
-    times = watch.times[1:] if len(watch.times) > 2 else watch.times
+def _seconds_per_update(run: Run) -> float:
+    run.model.train()
+    times = [time.perf_counter()]
+    for pieces in islice(run.remaining_batches(), STEPS):
+        run.update(pieces)
+        times.append(time.perf_counter())
+    times = times[1:] if len(times) > 2 else times
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def _seconds_per_validation(model: nn.Module, task: Task, experiment: Experiment) -> float:
-    params, machine = experiment.params, experiment.machine
-    batch = task.validation_batch or max(1, params.batch // params.accumulate)
-    seen = 0
+class _Few:
+    """Lets a validation see only its first batches; `share` is how many times as many there are."""
 
-    def count(*loaded: Any) -> None:
-        nonlocal seen
-        seen += len(loaded[0])
+    share = 1.0
 
-    began = time.perf_counter()
-    evaluate_split(
-        model,
-        task.validation,
-        task.metric(),
-        batch=batch,
-        device=machine.device,
-        workers=experiment.workers,
-        precision=params.precision,
-        on_batch=count,
-        watch=lambda loader: islice(loader, BATCHES),
-    )
-    return (time.perf_counter() - began) * len(task.validation) / seen
-
-
-def _disk(model: nn.Module, params: TrainParams, image: Any, samples: int) -> float:
-    """Bytes that the training of a seed keeps: two states, and the equilibria of two epochs."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    copies = 1 + {"adam": 2, "sgd": 1, "muon": 1}[params.optimizer.kind] + bool(params.average)
-    size = 2.0 * copies * weights
-    if params.warm_start and isinstance(model, Network):
-        found = predict(model.eval(), image).equilibrium
-        size += 2 * 2 * samples * sum(z[0].numel() for z in found.scales) if found else 0
-    return size
+    def validating(self, batches: Any) -> Iterable[Any]:
+        self.share = max(1.0, len(batches) / BATCHES)
+        return islice(batches, BATCHES)
