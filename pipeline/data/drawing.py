@@ -154,6 +154,7 @@ VEHICLES = {"tram": (0.45,), "truck end": (0.5,), "bus": (0.45,), "car": (0.6, 0
 WHEELS = ("cyclist", "bicycle", "motorcycle", "motorcyclist")
 POLES = ("sign", "triangle", "light", "lamp", "sign", "light", "bin")
 FAR = 60.0  # metres
+Place = tuple[Any, Any, Any]  # x metres to the right, y up, z ahead, of one point or several
 Thing = tuple[float, Callable[..., None], tuple[Any, ...]]  # how far, what draws it, and of what
 
 
@@ -190,17 +191,10 @@ class Street(Canvas):
         return colours[self.rng.integers(len(colours))] + self.rng.normal(0, 8, 3)
 
     def area(
-        self,
-        label: str | None,
-        colour: Array,
-        x: Any,
-        y: Any,
-        z: Any,
-        line: float = 0,
-        instance: int = 0,
+        self, label: str | None, colour: Array, at: Place, line: float = 0, instance: int = 0
     ) -> None:
         """Fills an outline of points x metres to the right, y up, z ahead, or draws a line."""
-        x, y, z = np.broadcast_arrays(x, y, z)
+        x, y, z = np.broadcast_arrays(*at)
         scale = self.focal / z
         pixels = np.stack([self.middle + scale * x, self.horizon + scale * (self.eye - y)], -1)
         known = name2label.get(label)
@@ -210,7 +204,7 @@ class Street(Canvas):
     def panel(self, label: str, colour: Array, x: Any, top: float, z: Any) -> None:
         """An upright rectangle on the ground from (x[0], z[0]) to (x[1], z[1])."""
         corners = [0, 1, 1, 0]
-        self.area(label, colour, np.array(x)[corners], (0, 0, top, top), np.array(z)[corners])
+        self.area(label, colour, (np.array(x)[corners], (0, 0, top, top), np.array(z)[corners]))
 
     def figure(self, name: str, x: float, z: float, size: float = 1.0) -> None:
         """A thing that faces us; its labels are instances where Cityscapes counts them."""
@@ -219,8 +213,8 @@ class Street(Canvas):
         across = size * self.rng.choice((-1, 1))
         for part in DRAWINGS[name]:
             colour = paints.setdefault(part.paint, self.choose(part.paint))
-            right, up = x + across * part.points[:, 0], size * part.points[:, 1]
-            self.area(part.label, colour, right, up, z, part.line * size, self.instances)
+            at = (x + across * part.points[:, 0], size * part.points[:, 1], z)
+            self.area(part.label, colour, at, part.line * size, self.instances)
 
     def backdrop(self) -> None:
         """Sky, a skyline of trees and houses, and the ground."""
@@ -239,9 +233,10 @@ class Street(Canvas):
         colours = (asphalt, asphalt * 1.2, self.choose("paving"))
         strips = zip(("road", "parking", "sidewalk"), self.edges, colours, strict=False)
         for label, reach, colour in reversed(list(strips)):
-            self.area(label, colour, (-reach, reach, reach, -reach), 0, (1, 1, 3 * FAR, 3 * FAR))
+            at = ((-reach, reach, reach, -reach), 0, (1, 1, 3 * FAR, 3 * FAR))
+            self.area(label, colour, at)
         for z in np.arange(2.0, FAR, 6.0):
-            self.area(None, white, (-0.1, 0.1, 0.1, -0.1), 0, (z, z, z + 3, z + 3))
+            self.area(None, white, ((-0.1, 0.1, 0.1, -0.1), 0, (z, z, z + 3, z + 3)))
 
     def sides(self) -> Iterator[Thing]:
         """Houses, walls, fences and trees along both sides."""
@@ -260,24 +255,25 @@ class Street(Canvas):
         self.panel("building", brick, (x, x), top, (near, far))
         for low in np.arange(1.0, top - 1.5, 3.0):
             for z in np.arange(near + 0.6, far - 1.2, 2.2):
-                self.area(None, pane, x, (low, low, low + 1.6, low + 1.6), (z, z + 1.2, z + 1.2, z))
+                up, ahead = (low, low, low + 1.6, low + 1.6), (z, z + 1.2, z + 1.2, z)
+                self.area(None, pane, (x, up, ahead))
 
     def wall(self, x: float, near: float, far: float) -> None:
         stone, top = self.choose("stone"), self.rng.uniform(2.0, 3.2)
         self.panel("wall", stone * 0.85, (x, x + np.sign(x)), top, (near, near))
         self.panel("wall", stone, (x, x), top, (near, far))
         for y in np.arange(0.5, top, 0.5):
-            self.area(None, stone * 0.75, x, y, (near, far), line=0.04)
+            self.area(None, stone * 0.75, (x, y, (near, far)), line=0.04)
 
     def fence(self, x: float, near: float, far: float) -> None:
         wood, top = self.choose("wood"), self.rng.uniform(1.4, 2.0)
         self.panel("fence", wood * 0.6, (x, x), top, (near, far))
         for z in np.arange(near, far, 0.7):
-            self.area("fence", wood * 1.3, x, (0, top), z, line=0.3)
+            self.area("fence", wood * 1.3, (x, (0, top), z), line=0.3)
 
     def trees(self, x: float, near: float, far: float) -> None:
         for z in np.arange(far, near, -2.5):
-            self.area("vegetation", self.choose("bark"), x, (0, 3), z, line=0.3)
+            self.area("vegetation", self.choose("bark"), (x, (0, 3), z), line=0.3)
             self.leaves(x, self.rng.uniform(2.5, 4.5), z, 2.2)
             self.leaves(x + np.sign(x) * 2, 1.0, z, 1.5)
 
@@ -286,7 +282,7 @@ class Street(Canvas):
         for dx, dy in self.rng.normal(0, 0.35 * size, (12, 2)):
             blob = CIRCLE * self.rng.uniform(0.25, 0.5) * size + (x + dx, y + dy)
             tone = green * (1 + 0.3 * dy / size)
-            self.area("vegetation", tone, blob[:, 0], blob[:, 1].clip(0), z)
+            self.area("vegetation", tone, (blob[:, 0], blob[:, 1].clip(0), z))
 
     def traffic(self) -> Iterator[Thing]:
         """Vehicles on the two lanes, and what has two wheels beside them."""

@@ -74,17 +74,16 @@ def _run(name: str, params: PrepareParams, machine: Machine, kept: Path) -> None
         generated.ensure(root, name, params.generated)
     else:
         form.unpack_archives(root)
-    found = form.find(root)
-    stamps = [json.dumps([_stamp(root, path) for path in paths]) for paths in found]
+    files = {json.dumps([_stamp(root, path) for path in paths]): paths for paths in form.find(root)}
     code = [file_digest(Path(str(m.__file__))) for m in (manifest, pictures, form)]
     code.append(file_digest(Path(__file__)))
-    inputs = digest(json.dumps([code, asdict(params), str(root.resolve()), stamps]).encode())
+    inputs = digest(json.dumps([code, asdict(params), str(root.resolve()), *files]).encode())
     if _proven(kept, inputs):
         for output in OUTPUTS:
             write(target / output, (kept / output).read_bytes())
         return
     (kept / PROOF).unlink(missing_ok=True)
-    rows = _rows(name, root, found, stamps, code, kept / ROWS, machine)
+    rows = _rows(form, root, files, code, kept / ROWS, machine.threads)
     summary = _summary(name, params.source, root, rows)
     with tracking.start("prepare", name, asdict(params), machine, target / "run.jsonl") as run:
         write(target / "manifest.csv", manifest.to_csv(rows))
@@ -120,31 +119,29 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _rows(
-    name: str,
+    form: Any,
     root: Path,
-    found: Sequence[tuple[str, ...]],
-    stamps: list[str],
+    files: dict[str, tuple[str, ...]],
     code: list[str],
     cache: Path,
-    machine: Machine,
+    threads: int | None,
 ) -> list[Row]:
-    """Reads, in threads, the files that are new or have another stamp than when last read.
+    """The rows of `files`; those whose stamp is new are read, in threads.
 
     What was read is kept also when a file is found broken: the rest is not read again.
     """
     known = _known(cache, code)
-    new = [i for i, stamp in enumerate(stamps) if stamp not in known]
-    inspect = partial(FORMATS[name].inspect, root)
+    rows = {stamp: known[stamp] for stamp in files if stamp in known}
+    new = [stamp for stamp in files if stamp not in known]
     try:
-        with ThreadPool(machine.threads) as pool:
-            read = pool.imap(inspect, [found[i] for i in new])
-            for i, row in zip(new, track(read, "Reading the data", len(new)), strict=True):
-                known[stamps[i]] = row
+        with ThreadPool(threads) as pool:
+            read = pool.imap(partial(form.inspect, root), [files[stamp] for stamp in new])
+            for stamp, row in zip(new, track(read, "Reading the data", len(new)), strict=True):
+                rows[stamp] = row
     finally:
-        done = {stamp: known[stamp] for stamp in stamps if stamp in known}
-        content = json.dumps([code, done]).encode()
+        content = json.dumps([code, rows]).encode()
         write(cache, digest(content).encode() + content)
-    return [known[stamp] for stamp in stamps]
+    return [rows[stamp] for stamp in files]
 
 
 def _known(cache: Path, code: list[str]) -> dict[str, Row]:
