@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.params import ClassifyParams
 from pipeline.recipe import Debug, JacobianTerm, Muon, Sgd, WarmStart, WarmUp
-from pipeline.train import experiment, loop, rehearsal
+from pipeline.train import experiment, rehearsal
 from pipeline.train.checkpoints import save_model
 
 PARAMS = ClassifyParams(
@@ -252,20 +252,22 @@ def test_the_sources_of_a_training_are_part_of_its_identity(
 # debugging and rehearsal
 
 
-def test_debugging_leaves_no_results_and_overfits_one_batch(tmp_path: Path) -> None:
+def test_debugging_leaves_no_results_and_overfits_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
+    begin = experiment.Experiment.begin
 
-    def spy(model, task, *arguments, **options):  # noqa: ANN001, ANN002, ANN003, ANN202
-        seen.append(task)
-        return loop.train(model, task, *arguments, **options)
+    def spy(self, seed):  # noqa: ANN001, ANN202
+        seen.append(begin(self, seed))
+        return seen[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "train", spy)
-        train(debug=Debug(limit_batches=1))
-        train(debug=Debug(overfit=1))
-        train(debug=Debug(limit_batches=2, profile=True))
+    monkeypatch.setattr(experiment.Experiment, "begin", spy)
+    train(debug=Debug(limit_batches=1))
+    train(debug=Debug(overfit=1))
+    train(debug=Debug(limit_batches=2, profile=True))
     assert not Path("results").exists()
-    few, one, _ = seen
+    few, one = seen[0][0], seen[1][0]
     assert len(few.train) == 16 and len(few.validation) == 8
     assert len(one.train) == len(one.validation) == 16
     images = [one.train[Keys(epoch, [3])][0] for epoch in (0, 5)]

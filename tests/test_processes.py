@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,11 +35,12 @@ from pipeline.errors import Stopped, UserError
 from pipeline.recipe import Adam, Recipe, Sgd, WarmStart, WarmUp
 from pipeline.train import distributed
 from pipeline.train.checkpoints import RunState
-from pipeline.train.loop import Row, Task, train
+from pipeline.train.loop import Row, Run, Task
 from pipeline.train.metrics import ConfusionMatrix, TopK
 
 CLASSES = 3
 WEIGHTS = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
+KINDS = ("labels", "pixels", "warm")
 Log = list[tuple[int, Row]]
 
 
@@ -92,22 +92,25 @@ def run(folder: Path, kind: str, accumulate: int = 1, watcher: Watcher | None = 
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)  # the usual start would change nothing so soon
-    data = Scenes(21, pixels), Scenes(13, pixels)
-    settings: dict[str, Any] = {"epochs": 5, "batch": 10, "log_every": 1}  # 5 x 3 updates
-    settings["accumulate"] = accumulate
-    if kind == "warm":
-        settings |= {"warm_start": WarmStart((2,)), "average": 0.5}
-    else:
-        settings["warm_up"] = WarmUp(layers=2, steps=5)
+    task = Task(Scenes(21, pixels), Scenes(13, pixels), F.cross_entropy, partial(TopK, CLASSES))
     if pixels:
-        measure = partial(pixel_weight, class_weights=WEIGHTS)
-        task = Task(*data, pixel_loss, lambda: ConfusionMatrix(CLASSES), 1, measure)
-        recipe = Recipe(optimizer=Sgd(lr=0.05), **settings)
-    else:
-        task = Task(*data, F.cross_entropy, lambda: TopK(CLASSES))
-        recipe = Recipe(optimizer=Adam(lr=3e-3), **settings)
-    store, watcher = RunState(folder, {}, kind), watcher or Watcher()
-    train(model, task, recipe, seed=3, device="cpu", workers=0, store=store, observer=watcher)
+        metric, weight = (
+            partial(ConfusionMatrix, CLASSES),
+            partial(pixel_weight, class_weights=WEIGHTS),
+        )
+        task = replace(task, loss=pixel_loss, metric=metric, validation_batch=1, weight=weight)
+    recipe = Recipe(
+        optimizer=Sgd(lr=0.05) if pixels else Adam(lr=3e-3),
+        epochs=5,  # of 3 updates
+        batch=10,
+        accumulate=accumulate,
+        warm_up=None if kind == "warm" else WarmUp(layers=2, steps=5),
+        warm_start=WarmStart((2,)) if kind == "warm" else None,
+        average=0.5 if kind == "warm" else 0.0,
+        log_every=1,
+    )
+    watcher = watcher or Watcher()
+    Run(model, task, recipe, 3, "cpu", 0, RunState(folder, {}, kind), watcher).train()
     return watcher.rows
 
 
@@ -126,7 +129,7 @@ def in_each(rank: int, folder: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", **address}
     with distributed.joined("cpu"):
-        logs = {kind: run(folder / kind, kind) for kind in ("labels", "pixels", "warm")}
+        logs = {kind: run(folder / kind, kind) for kind in KINDS}
         logs["micro"] = run(folder / "micro", "pixels", accumulate=2)
         with pytest.raises(Killed):
             run(folder / "stopped", "labels", watcher=Watcher(stop=8))
@@ -146,12 +149,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Log]:
     """What one process does with whole batches."""
-    kinds = ("labels", "pixels", "warm")
-    return {kind: run(tmp_path_factory.mktemp(kind), kind) for kind in kinds}
-
-
-def logs(folder: Path, rank: int) -> dict[str, Log]:
-    return torch.load(folder / f"{rank}.pt", weights_only=True)
+    return {kind: run(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
 def assert_same(ours: Log, alone: Log) -> None:
@@ -161,12 +159,12 @@ def assert_same(ours: Log, alone: Log) -> None:
         assert row == pytest.approx(other, rel=1e-5, abs=1e-7), step
 
 
-@pytest.mark.parametrize("name", ["labels", "pixels", "warm", "micro"])
+@pytest.mark.parametrize("name", [*KINDS, "micro"])
 def test_two_processes_train_as_one(two: Path, alone: dict[str, Log], name: str) -> None:
     expected = alone["pixels" if name == "micro" else name]
     assert len(expected) == 20  # 15 updates, 5 epochs
-    assert_same(logs(two, 0)[name], expected)
-    assert_same(logs(two, 1)[name], expected)
+    for rank in (0, 1):
+        assert_same(torch.load(two / f"{rank}.pt", weights_only=True)[name], expected)
     first, last = expected[0][1]["loss/train"], expected[-1][1]["loss/train_epoch"]
     assert last < 0.8 * first  # something was learnt, so that equality says something
 
@@ -199,10 +197,7 @@ def test_variables_that_contradict_each_other_are_named(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("samples", [1, 5, 16, 17])
 def test_the_pieces_of_a_batch_are_the_batch(samples: int) -> None:
-    shares: list[Callable[[int], list[tuple[int, int]]]] = [
-        Share(rank, 4, 2).bounds for rank in range(4)
-    ]
-    found = [i for bounds in shares for a, b in bounds(samples) for i in range(a, b)]
-    assert found == list(range(samples))
-    sizes = [b - a for bounds in shares for a, b in bounds(samples)]
+    pieces = [piece for rank in range(4) for piece in Share(rank, 4, 2).bounds(samples)]
+    assert [i for a, b in pieces for i in range(a, b)] == list(range(samples))
+    sizes = [b - a for a, b in pieces]
     assert max(sizes) - min(sizes) <= 1

@@ -20,7 +20,7 @@ from pipeline.data.loading import Keys, order
 from pipeline.errors import Stopped, UserError
 from pipeline.recipe import Adam, JacobianTerm, Muon, Recipe, Sgd, WarmStart, WarmUp
 from pipeline.train.checkpoints import RunState
-from pipeline.train.loop import Row, Task, evaluate_split, train
+from pipeline.train.loop import Row, Run, Task, evaluate_split
 from pipeline.train.metrics import TopK
 from pipeline.train.optimizers import FINAL, make_optimizer, orthogonalised, schedule
 
@@ -61,8 +61,7 @@ def run(
 ) -> tuple[dict[str, torch.Tensor], list[Row]]:
     """The weights and the history of a training."""
     model, watcher = model or network(), watcher or Watcher()
-    where: Any = {"device": "cpu", "workers": workers, "store": store, "observer": watcher}
-    history = train(model, task, recipe, seed=3, **where)
+    history = Run(model, task, recipe, 3, "cpu", workers, store, watcher).train()
     return model.state_dict(), history
 
 

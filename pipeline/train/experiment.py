@@ -30,7 +30,7 @@ from pipeline.recipe import Debug
 from pipeline.sets import BY_STAGE
 from pipeline.train import checkpoints, debugging, distributed
 from pipeline.train.checkpoints import MODEL, RunState, load_model, save_model
-from pipeline.train.loop import Row, Task, train
+from pipeline.train.loop import Row, Run, Task
 from pipeline.train.metrics import ConfusionMatrix, TopK
 
 READ = ("loading", "manifest", "pictures", "readers")  # the sources of every data set
@@ -179,10 +179,9 @@ def _train_and_write(experiment: Experiment, record: tracking.Run) -> None:
     for seed, state in zip(params.seeds, states, strict=True):
         task, model = experiment.begin(seed)
         with _observer(experiment, seed, record) as observer:
-            histories[seed] = train(
-                model, task, params, seed=seed, device=machine.device,
-                workers=experiment.workers, store=state, observer=observer,
-            )  # fmt: skip
+            device, workers = machine.device, experiment.workers
+            run = Run(model, task, params, seed, device, workers, state, observer)
+            histories[seed] = run.train()
         if first and seed == params.seeds[0]:
             facts["names"] = list(task.train.names)
             facts["seconds"] = histories[seed][-1].get("time/seconds")
@@ -249,7 +248,7 @@ def _write_results(
     metrics |= costs | {"batch": experiment.params.batch, "epochs": experiment.params.epochs}
     files.write_json(out / "metrics.json", metrics)
     files.write_json(out / "facts.json", facts)
-    record.metrics(metrics, step=int(history["step"].max()))
+    record.metrics(metrics, step=max(int(row["step"]) for row in rows))
     record.model(out / MODEL)
     for name in ("metrics.json", "facts.json", "history.csv", "curves.png"):
         record.artifact(out / name)

@@ -71,52 +71,6 @@ class Observer(Protocol):
     def record(self, step: int, row: Row) -> None: ...
 
 
-def train(
-    model: nn.Module,
-    task: Task,
-    recipe: Recipe,
-    *,
-    seed: int,
-    device: str,
-    workers: int,
-    store: RunState,
-    observer: Observer,
-) -> list[Row]:
-    """Trains `model` in place, from the state in `store` if it has one.
-
-    The model is a `Network`, or an explicit one that returns a `Prediction`. `seed` is that of data
-    order, dropout and probes; the caller seeds the initial weights. `workers` processes load data.
-
-    Returns:
-        The history, one row per epoch.
-
-    Raises:
-        UserError: A loss or gradient is not finite, or memory ran out, and no weight has changed
-            since the last update; or the stored state is not of this run.
-        Stopped: Ctrl-C or SIGTERM; the state was saved first.
-    """
-    run = Run(model.to(device), task, recipe, seed, device, workers, store, observer)
-    if recipe.epochs == 0:  # weights that were made elsewhere
-        return [{"epoch": 0, "step": 0, **run.validate()}]
-    run.resume()
-    with run.signals:
-        try:
-            while run.state.epoch < recipe.epochs:
-                run.train_epoch()
-                run.save()
-                run.end_epoch()
-                run.save()
-        except RuntimeError as error:
-            if run.signals.received and "DataLoader worker" in str(error):  # it got the signal, too
-                raise run.stopped() from None
-            raise
-    if recipe.average:
-        run.model.load_state_dict(run.validated.state_dict())
-    if run.last and distributed.rank() == 0:
-        run.last.remove()
-    return run.state.history
-
-
 @dataclass
 class State:
     """What a run consists of so far, besides its model and optimizer."""
@@ -141,19 +95,23 @@ class Piece:
 
 @dataclass
 class Run:
-    """A training, its model on its device; the arguments are those of `train`."""
+    """A training of a `Network`, or of an explicit model that returns a `Prediction`.
+
+    `seed` is that of data order, dropout and probes; the caller seeds the initial weights.
+    """
 
     model: nn.Module
     task: Task
     recipe: Recipe
     seed: int
     device: str
-    workers: int
+    workers: int  # processes that load data
     store: RunState
     observer: Observer
 
     def __post_init__(self) -> None:
         recipe, samples = self.recipe, len(self.task.train)
+        self.model = self.model.to(self.device)
         self.state, self.saved_step = State(), 0
         self.signals = Signals()
         self.share = Share(distributed.rank(), distributed.count(), recipe.accumulate)
@@ -178,6 +136,37 @@ class Run:
             self.last = LastEquilibria(self.store.folder, samples)
             self.parts["last"] = self.last
         self.began = time.monotonic()
+
+    def train(self) -> list[Row]:
+        """Trains the model in place, from the state in the store if it has one.
+
+        Returns:
+            The history, one row per epoch.
+
+        Raises:
+            UserError: A loss or gradient is not finite, or memory ran out, and no weight has
+                changed since the last update; or the stored state is not of this run.
+            Stopped: Ctrl-C or SIGTERM; the state was saved first.
+        """
+        if self.recipe.epochs == 0:  # weights that were made elsewhere
+            return [{"epoch": 0, "step": 0, **self.validate()}]
+        self.resume()
+        with self.signals:
+            try:
+                while self.state.epoch < self.recipe.epochs:
+                    self.train_epoch()
+                    self.save()
+                    self.end_epoch()
+                    self.save()
+            except RuntimeError as error:
+                if self.signals.received and "DataLoader worker" in str(error):  # got it, too
+                    raise self.stopped() from None
+                raise
+        if self.recipe.average:
+            self.model.load_state_dict(self.validated.state_dict())
+        if self.last and self.share.rank == 0:
+            self.last.remove()
+        return self.state.history
 
     def resume(self) -> None:
         """Restores what the store holds, if anything."""

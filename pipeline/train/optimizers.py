@@ -69,14 +69,13 @@ class MuonAndSgd(torch.optim.SGD):
         for group in self.param_groups:
             for parameter in group["params"] if "muon" in group else ():
                 if parameter.grad is not None:
-                    parameter.grad = self._direction(parameter, group["muon"])
+                    parameter.grad = self._direction(parameter, parameter.grad, group["muon"])
         super().step(closure)
 
-    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        gradient = parameter.grad
+    def _direction(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         average = self.state[parameter].setdefault("average", torch.zeros_like(gradient))
         average.lerp_(gradient, 1 - momentum)
-        matrix = torch.lerp(gradient, average, momentum).flatten(1)
+        matrix = gradient.lerp(average, momentum).flatten(1)
         scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
         return (scale * orthogonalised(matrix)).view_as(parameter)
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class LastEquilibria:
         self._shared = False
         self._epoch = 0
         self._last: np.ndarray | None = None
-        self._next: np.memmap | None = None
+        self._next: Any = None  # a memory map
 
     def begin(self, epoch: int, batch: int) -> None:
         """Begins an epoch, or resumes it at a batch."""
@@ -84,7 +85,7 @@ class LastEquilibria:
     def _file(self, epoch: int) -> Path:
         return self.folder / f"{epoch % 2}.bin"
 
-    def _mapped(self, epoch: int) -> np.memmap:
+    def _mapped(self, epoch: int) -> Any:
         return np.memmap(self._file(epoch), np.int16, "r+").reshape(self.samples, -1)
 
 
