@@ -31,8 +31,8 @@ class LastEquilibria:
         self.known = self.whole = False
         self._shared = False
         self._epoch = 0
-        self._last: np.ndarray | None = None
-        self._next: Any = None  # a memory map
+        self._last: Any = None  # memory maps
+        self._next: Any = None
 
     def begin(self, epoch: int, batch: int) -> None:
         """Begins an epoch, or resumes it at a batch."""
