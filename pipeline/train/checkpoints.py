@@ -115,9 +115,8 @@ class RunState:
 def claimed(work: Path, results: Path, locks: Path) -> Iterator[None]:
     """Inside, no other process trains from the state in `work` or writes into `results`.
 
-    Two commands with different params for one model, in one checkout, would mix their results.
-
-    Of several processes that train together only the first needs to ask.
+    Two commands with different params for one model, in one checkout, would mix their results. Of
+    several processes that train together the first one asks.
 
     Raises:
         UserError: Another process has one of them, or the file system has no locks.
@@ -136,7 +135,7 @@ def claimed(work: Path, results: Path, locks: Path) -> Iterator[None]:
 
 
 def delete(work: Path) -> None:
-    """Deletes the state of a finished instance, at once: one killed before ends again."""
+    """Deletes the state of a finished instance in one step: until then it can be finished again."""
     delete_others(work)
     done = work.with_name(f"{work.name}-done")
     work.rename(done)
