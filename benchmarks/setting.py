@@ -9,14 +9,22 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mdeq
-from mdeq import Anderson, ClassificationHeadConfig, Gmres, Implicit, MDEQConfig, Network
+from mdeq import (
+    Anderson,
+    Architecture,
+    ClassificationHeadConfig,
+    Gmres,
+    Implicit,
+    MDEQConfig,
+    Network,
+)
 from pipeline import files
 from pipeline.data import cifar10
 from pipeline.data.loading import normalised
@@ -149,10 +157,11 @@ def _trained(path: Path) -> tuple[Network, Preset]:
         raise SystemExit(f"--weights: {error}") from None
     if not isinstance(network, Network):
         raise SystemExit(f"{path}: not an MDEQ; give the model of a `classify` stage")
-    architecture = network.architecture
+    architecture = cast(Architecture, network.architecture)
     if not isinstance(architecture.head, ClassificationHeadConfig):
         raise SystemExit(f"{path}: not a classifier; give the model of a `classify` stage")
-    return network, Preset(architecture.model, architecture.head, architecture.classes)
+    model = cast(MDEQConfig, architecture.model)
+    return network, Preset(model, architecture.head, architecture.classes)
 
 
 def _random(arguments: argparse.Namespace) -> tuple[Network, Preset]:

@@ -86,9 +86,11 @@ def contractive() -> Step:
     torch.manual_seed(0)
     model = MDEQConfig((4, 4), expansion=1, groups=2, dropout=0.5, post_fusion_affine=True)
     network = Network(model, ClassificationHeadConfig((2, 2), 4), 10).double()
-    for post in network.backbone.f.post:
-        torch.nn.init.normal_(post.norm.bias)
-        torch.nn.init.constant_(post.norm.weight, 0.1)
+    for name, parameter in network.backbone.f.post.named_parameters():
+        if name.endswith("norm.bias"):
+            torch.nn.init.normal_(parameter)
+        if name.endswith("norm.weight"):
+            torch.nn.init.constant_(parameter, 0.1)
     return Step(network, torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 2]))
 
 
@@ -241,7 +243,9 @@ def test_what_is_missing_is_said_in_one_line(options: list[str], tmp_path: Path)
     with pytest.raises(SystemExit, match=r"CIFAR-10 has 32 x 32 images"):
         peers.main([*options, "--data", str(tmp_path)])
     options = [*options[:4], "--threads", "1", "--data", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"no such folder.*leave --data out, for noise") as raised:
+    with pytest.raises(
+        SystemExit, match=r"cifar-10-batches-py.*leave --data out, for noise"
+    ) as raised:
         peers.main(options)
     assert "\n" not in str(raised.value)
 
@@ -280,19 +284,22 @@ def test_a_range_holds_for_every_setting(page: str) -> None:
     rows = [row for record in measured("peers-*.json").values() for row in record["columns"]]
     for low, high, name in found:
         times = [row["times"] for row in rows if row["name"] == name]
-        assert (f"{min(times):.1f}", f"{max(times):.1f}") == (low, high), name
+        assert (f"{min(times):.2f}", f"{max(times):.2f}") == (low, high), name
     assert found or page == "README.md"
 
 
 def test_ours_reach_the_residuals_of_the_same_solver() -> None:
-    """What makes the ratios fair; a peer may make one product more."""
-    for model, record in measured("peers-*.json").items():
+    """What makes the ratios fair; torchdeq's Broyden makes one product more."""
+    for record in measured("peers-*.json").values():
         rows = {row["name"]: row for row in record["columns"]}
         for row in rows.values():
-            if "counterpart" in row:
-                own = rows[row["counterpart"]]
-                for key in ("forward_residual", "backward_residual"):
-                    assert row[key] is None or own[key] <= 1.15 * row[key], (model, row["name"], key)
+            if "counterpart" not in row:
+                continue
+            own = rows[row["counterpart"]]
+            assert own["forward_residual"] <= 1.001 * row["forward_residual"]
+            if row["backward_residual"] is not None:
+                room = 1.2 if row["name"] == "torchdeq, Broyden implicit" else 1.001
+                assert own["backward_residual"] <= room * row["backward_residual"]
 
 
 def test_the_code_and_the_numbers_about_equilibria() -> None:
