@@ -62,8 +62,8 @@ class MDEQ(nn.Module):
         on_backward: Called with the adjoint's solution in each backward pass; see `equilibrium`.
 
     Raises:
-        ValueError: `backward` is `Reversible`, which evaluates f again on its way back, and f draws a
-            dropout mask per evaluation.
+        ValueError: `backward` is `Reversible`, which evaluates f again on its way back, and f
+            draws a dropout mask per evaluation.
     """
 
     def __init__(
@@ -211,7 +211,8 @@ class Network(nn.Module):
         kind = (
             ClassificationHead if isinstance(head, ClassificationHeadConfig) else SegmentationHead
         )
-        self.head = kind(head, config.channels, classes, config.batch_norm_momentum)  # type: ignore[arg-type]
+        momentum = config.batch_norm_momentum
+        self.head = kind(head, config.channels, classes, momentum)  # type: ignore[arg-type]
 
     def forward(
         self,

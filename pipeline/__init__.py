@@ -1,1 +1,1 @@
-"""The paper as a pipeline: prepare, train, evaluate, compare; params.yaml in, results/report out."""
+"""The paper as a pipeline: prepare, train, evaluate, compare, report."""

@@ -1,4 +1,4 @@
-"""The image without a daemon: what goes into it, and its very command, stopped as `docker stop` does."""
+"""The image without a daemon: what goes into it, and its command, stopped as `docker stop` does."""
 
 from __future__ import annotations
 
@@ -44,14 +44,23 @@ def app(tmp_path: Path) -> Path:
     write(params, tmp_path)
     stages = yaml.load(tmp_path / "dvc.yaml")["stages"]
     stages["prepare"]["foreach"] = {"cifar10": {}}
-    yaml.dump({"stages": {name: stages[name] for name in ("prepare", "classify")}}, tmp_path / "dvc.yaml")
+    yaml.dump(
+        {"stages": {name: stages[name] for name in ("prepare", "classify")}}, tmp_path / "dvc.yaml"
+    )
     return tmp_path
 
 
 def test_the_image_takes_what_git_has_and_no_data_results_or_secrets(app: Path) -> None:
     before = copied(app)
     assert "pipeline/stages/report.py" in before and "tests/conftest.py" not in before
-    for name in (".env", ".git/config", ".venv/bin/python", ".dvc/config.local", ".dvc/cache/0", "mlflow.db"):
+    for name in (
+        ".env",
+        ".git/config",
+        ".venv/bin/python",
+        ".dvc/config.local",
+        ".dvc/cache/0",
+        "mlflow.db",
+    ):
         (app / name).parent.mkdir(parents=True, exist_ok=True)
         (app / name).touch()
     for folder in ("data", "results", "work", "mlartifacts", "predictions", "pipeline/__pycache__"):
@@ -73,11 +82,18 @@ def can_be_pid_1() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_be_pid_1(), reason="needs dumb-init and a PID namespace: Linux that allows user namespaces")
+@pytest.mark.skipif(
+    not can_be_pid_1(),
+    reason="needs dumb-init and a PID namespace: Linux that allows user namespaces",
+)
 def test_docker_stop_ends_it_and_the_same_command_resumes(app: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MDEQ_", "MLFLOW_", "DVC_"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MDEQ_", "MLFLOW_", "DVC_"))
+    }
     environment |= {"PATH": PATH, "MDEQ_THREADS": "1", "MDEQ_DEVICE": "cpu"}
-    entry, command = (json.loads(found) for found in re.findall(r"^(?:ENTRYPOINT|CMD) (.*)$", DOCKERFILE, re.M))
+    entry, command = (
+        json.loads(found) for found in re.findall(r"^(?:ENTRYPOINT|CMD) (.*)$", DOCKERFILE, re.M)
+    )
     stop = getattr(signal, re.findall(r"^STOPSIGNAL (\w+)$", DOCKERFILE, re.M)[0])
 
     def start() -> subprocess.Popen[str]:
@@ -97,7 +113,9 @@ def test_docker_stop_ends_it_and_the_same_command_resumes(app: Path) -> None:
         time.sleep(0.01)
     (first,) = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
     os.kill(int(first), stop)
-    said, _ = container.communicate(timeout=120)  # some seconds, of the 10 that Docker grants, where nothing else runs
+    said, _ = container.communicate(
+        timeout=120
+    )  # some seconds, of the 10 that Docker grants, where nothing else runs
     assert container.returncode == 130 and "Traceback" not in said, said
     assert not (app / OUT / "metrics.json").exists()
     held = json.loads((app / ".dvc/tmp/rwlock").read_text())
@@ -106,7 +124,9 @@ def test_docker_stop_ends_it_and_the_same_command_resumes(app: Path) -> None:
     said, _ = start().communicate(timeout=600)
     assert "results.json: no such file" in said, said  # its last command looks for a report
     with contextlib.closing(sqlite3.connect(app / "mlflow.db")) as store:
-        runs = store.execute("SELECT count(*) FROM tags WHERE key = 'stage' AND value = 'classify'").fetchone()
+        runs = store.execute(
+            "SELECT count(*) FROM tags WHERE key = 'stage' AND value = 'classify'"
+        ).fetchone()
     assert runs == (1,)  # the one that was interrupted
 
     whole = app / "whole"

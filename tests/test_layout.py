@@ -31,7 +31,13 @@ FLOORS = [
     {"mdeq"},
     {"pipeline.errors", "pipeline.files", "pipeline.sets", "pipeline.recipe"},
     {"pipeline.params", "pipeline.settings", "pipeline.machine"},
-    {"pipeline.data", "pipeline.tracking", "pipeline.store", "pipeline.progress", "pipeline.figures"},
+    {
+        "pipeline.data",
+        "pipeline.tracking",
+        "pipeline.store",
+        "pipeline.progress",
+        "pipeline.figures",
+    },
     {"pipeline.train", "pipeline.report", "pipeline.predict", "pipeline.weights", "pipeline.zoo"},
     {"pipeline.stages"},
     {"pipeline.cli"},
@@ -39,7 +45,7 @@ FLOORS = [
 ]
 """Lowest first; a module imports from its own floor and those below."""
 
-# What decides no result: messages, the machine, what records it, and params, which DVC tracks by value
+# What decides no result: messages, the machine, what records it; DVC tracks params by value
 PLUMBING = {
     "pipeline",
     "pipeline.data",
@@ -86,7 +92,9 @@ def _imports(node: ast.AST) -> Iterator[str]:
             assert child.level == 0, "relative import"
             module = child.module or ""
             yield module
-            yield from (f"{module}.{a.name}" for a in child.names if f"{module}.{a.name}" in MODULES)
+            yield from (
+                f"{module}.{a.name}" for a in child.names if f"{module}.{a.name}" in MODULES
+            )
         else:
             yield from _imports(child)
 
@@ -126,7 +134,14 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_only_the_command_line_imports_late() -> None:
-    optional = {"mlflow", "timm", "segmentation_models_pytorch", "torchdiffeq", "torchvision", "pandas"}
+    optional = {
+        "mlflow",
+        "timm",
+        "segmentation_models_pytorch",
+        "torchdiffeq",
+        "torchvision",
+        "pandas",
+    }
     for name, path in MODULES.items():
         if name == "pipeline.cli":
             continue
@@ -134,7 +149,9 @@ def test_only_the_command_line_imports_late() -> None:
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 late = {module.partition(".")[0] for module in _imports(function)}
-                assert late <= optional | heavy, f"{name}.{function.name} imports {sorted(late - optional - heavy)}"
+                assert late <= optional | heavy, (
+                    f"{name}.{function.name} imports {sorted(late - optional - heavy)}"
+                )
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.partition(".")[0] == "mdeq"])
@@ -189,10 +206,13 @@ import sys
 sys.modules |= dict.fromkeys({others - {"torch", "filelock", "mdeq", "jinja2"}})  # not importable
 import torch, mdeq, {library}
 head = mdeq.ClassificationHeadConfig((4, 4), 8)
-mdeq.Network(mdeq.MDEQConfig(channels=(8, 8)), head, 3)(torch.ones(2, 3, 8, 8)).logits.sum().backward()
+model = mdeq.Network(mdeq.MDEQConfig(channels=(8, 8)), head, 3)
+model(torch.ones(2, 3, 8, 8)).logits.sum().backward()
 print(mdeq.__file__)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip() == str(tmp_path / "mdeq/__init__.py"), done.stderr
 
 
@@ -251,7 +271,9 @@ def used_by(module: str, dataset: str | None) -> set[str]:
             continue
         used.add(name)
         todo += imports(name)
-    return {str(MODULES[name].relative_to(ROOT)) for name in used if name != "pipeline.data.readers"}
+    return {
+        str(MODULES[name].relative_to(ROOT)) for name in used if name != "pipeline.data.readers"
+    }
 
 
 @pytest.mark.parametrize(
@@ -326,7 +348,7 @@ def commit(root: Path) -> None:
 
 
 def stale(root: Path) -> set[str]:
-    """What `dvc repro` would run, except what it always runs: what `dvc status` names, its descendants."""
+    """What `dvc repro` would run, except what it always runs."""
     with Repo(str(root)) as repo:
         status = repo.status()
         changed = {name for name, why in status.items() if why != ["always changed"]}

@@ -1,4 +1,4 @@
-"""The stages as a user runs them: real processes, real files, DVC, a small instance of every stage."""
+"""The stages as a user runs them: real processes, real files, DVC, small instances."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def clone(folder: Path, target: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_chain_to_the_report(folder: Path) -> None:
-    """Training on each set, fine-tuning from the pretrained backbone, evaluation, convergence, report."""
+    """Training on each set, fine-tuning from the backbone, evaluation, convergence, report."""
     for dataset in SETS.values():
         run(folder, dataset.stage, "mdeq-small")
         trained = folder / "results" / dataset.stage / "mdeq-small"
@@ -159,7 +159,9 @@ def test_queued_experiments_and_a_clone_train_at_once_on_one_store(
 ) -> None:
     """Workers of DVC's queue have a folder each and one root; generated data are each one's own."""
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    other, queued, shorter = (clone(folder, tmp_path / name) for name in ("other", "queued", "shorter"))
+    other, queued, shorter = (
+        clone(folder, tmp_path / name) for name in ("other", "queued", "shorter")
+    )
     params = small()
     params["classify"]["mdeq-small"]["epochs"] = 1
     params["prepare"]["cifar10"]["generated"]["train"] = 64
@@ -214,7 +216,9 @@ def test_dvc_is_terminated_with_its_stage_and_resumes_it(folder: Path, tmp_path:
         messages, _ = process.communicate(timeout=120)
     assert process.returncode and "Traceback" not in messages, messages
     awaited(lambda: not alive(process.pid))
-    assert list((own / "work").glob("classify*/*/*.pt")) and not (own / OUT / "metrics.json").exists()
+    assert (
+        list((own / "work").glob("classify*/*/*.pt")) and not (own / OUT / "metrics.json").exists()
+    )
 
     done = subprocess.run(["dvc", "repro"], **group, **said)
     assert done.returncode == 0, done.stdout
