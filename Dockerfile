@@ -7,6 +7,7 @@
 # Without CUDA, several GB smaller:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t mdeq .
 FROM python:3.11-slim-bookworm AS packages
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv --copies /venv
