@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Real
+from typing import Any
 
 
-def given(**values: object) -> None:
+def given(**values: Any) -> None:
     """Values that are not None."""
     for name, value in values.items():
         if value is None:
             raise ValueError(f"{name}: must be given")
 
 
-def whole(least: int, **values: object) -> None:
+def whole(least: int, **values: Any) -> None:
     """Whole numbers of at least `least`."""
     for name, value in values.items():
         if value is None:
@@ -27,14 +28,14 @@ def whole(least: int, **values: object) -> None:
             raise ValueError(f"{name}: must be a whole number of at least {least}, not {value!r}")
 
 
-def at_least(least: float, **values: object) -> None:
+def at_least(least: float, **values: Any) -> None:
     """Finite numbers of at least `least`."""
     for name, value in values.items():
         if value is not None and not (_finite(value) and value >= least):
             raise ValueError(f"{name}: must be a number of at least {least:g}, not {value!r}")
 
 
-def above(bound: float, **values: object) -> None:
+def above(bound: float, **values: Any) -> None:
     """Finite numbers greater than `bound`."""
     for name, value in values.items():
         if value is not None and not (_finite(value) and value > bound):
@@ -42,7 +43,7 @@ def above(bound: float, **values: object) -> None:
 
 
 def between(
-    low: float, high: float, *, open_low: bool = False, open_high: bool = False, **values: object
+    low: float, high: float, *, open_low: bool = False, open_high: bool = False, **values: Any
 ) -> None:
     """Numbers from `low` to `high`; an open end is itself excluded."""
     for name, value in values.items():
@@ -58,7 +59,7 @@ def between(
             raise ValueError(f"{name}: must be a number in {ends}, not {value!r}")
 
 
-def one_of(allowed: Collection[object], **values: object) -> None:
+def one_of(allowed: Collection[object], **values: Any) -> None:
     """Values among `allowed`."""
     for name, value in values.items():
         if value is not None and value not in allowed:
@@ -66,7 +67,7 @@ def one_of(allowed: Collection[object], **values: object) -> None:
             raise ValueError(f"{name}: must be one of {listed}, not {value!r}")
 
 
-def instance(kinds: tuple[type, ...], **values: object) -> None:
+def instance(kinds: tuple[type, ...], **values: Any) -> None:
     """Objects of one of `kinds`."""
     for name, value in values.items():
         if value is not None and not isinstance(value, kinds):
@@ -74,7 +75,7 @@ def instance(kinds: tuple[type, ...], **values: object) -> None:
             raise ValueError(f"{name}: must be one of {listed}, not {value!r}")
 
 
-def _finite(value: object) -> bool:
+def _finite(value: Any) -> bool:
     return (
         isinstance(value, Real)
         and not isinstance(value, bool)

@@ -220,13 +220,14 @@ def _damped(f: Map, z: Tensor, steps: int, damping: float) -> Tensor:
 
 
 def _differentiable(
-    f: FlatMap, z: Tensor, rule: Implicit | Phantom, on_backward: OnBackward | None
+    f: FlatMap, z: Tensor, rule: Gradient, on_backward: OnBackward | None
 ) -> Tensor:
     """The value at z that carries the rule's gradient; no adjoint is solved if none needs one."""
     if not torch.is_grad_enabled():
         return z
     if isinstance(rule, Phantom):
         return _damped(f, z, rule.steps, rule.damping)
+    assert isinstance(rule, Implicit)  # `reversible` has its own way
     leaf = z.detach().requires_grad_()
     fz = f(leaf)
     if not depends_beyond(fz, [leaf]):

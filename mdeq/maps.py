@@ -145,7 +145,7 @@ class FlatMap:
         if not self.parameters:
             return self._value(self.f, z, inputs)
         parameters = dict(zip(self.parameters, inputs[count:], strict=True))
-        f = partial(_call_with, self.f, parameters)
+        f = partial(_call_with, self.f, parameters)  # type: ignore[arg-type]
         return self._value(f, z, inputs[:count])
 
     def _value(self, f: Callable[..., State], z: Tensor, arguments: Sequence[Tensor]) -> Tensor:
