@@ -128,8 +128,9 @@ def test_the_chain_to_the_report(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_processes_make_one_run_and_one_result(folder: Path) -> None:
+def test_several_processes_make_one_run_and_one_result(folder: Path, tmp_path: Path) -> None:
     """Started by the environment alone, as DVC would start them."""
+    folder = clone(folder, tmp_path / "several")
     launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     store = f"sqlite:///{folder / 'several.db'}"
     process = start(
